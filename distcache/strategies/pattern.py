@@ -1,0 +1,51 @@
+"""AveragePattern: the exact mean of attention patterns over sequences of different lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distcache.strategies.base import SUM, Field, Fieldwise, State, Value
+
+
+@dataclass(frozen=True, slots=True)
+class AveragePattern(Fieldwise):
+    """Mean attention pattern of one head: row q is averaged over the `count[q]` sequences that have a query q.
+
+    State: `total` [S, S], the sum of patterns aligned at position 0; `count` [S, 1], int64. Counting per pair
+    instead would let an encoder's rows sum to 2. Both grow to the longest sequence, in steps of 128.
+    """
+
+    dim: int | Literal["auto"] = "auto"
+    size: int | tuple[int, ...] | None = None
+    accumulate: torch.dtype | None = None
+
+    fields = (Field("total", SUM), Field("count", SUM))
+    ragged = True
+
+    def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
+        """value_n [n, S, S]: n patterns of one length."""
+        if weight_n is not None:
+            raise TypeError("AveragePattern takes no weights.")
+        if value_n.dim() != 3 or value_n.shape[1] != value_n.shape[2]:
+            raise ValueError(f"AveragePattern expects square patterns, [S, S] each, got {tuple(value_n.shape[1:])}.")
+        total = value_n.to(torch.promote_types(value_n.dtype, torch.float32)).sum(0)
+        count = torch.full((total.shape[0], 1), len(value_n), dtype=torch.int64, device=total.device)
+        return {"total": total.to(self.accumulate or torch.float64), "count": count}
+
+    def take(self, value: Value) -> State:
+        if isinstance(value.data, dict):  # sums that a tap has already made
+            return value.data
+        return Fieldwise.take(self, value)
+
+    def ragged_dims(self, field: str, ndim: int) -> tuple[bool, ...]:
+        return (True, True) if field == "total" else (True, False)
+
+    def finalize(self, state: State) -> Tensor:
+        count = state["count"]
+        seen = count[:, 0].nonzero()
+        s = int(seen.max()) + 1 if len(seen) else 0
+        return state["total"][:s, :s] / count[:s]
