@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from distcache.attention.taps import AttentionCall
 from distcache.errors import SiteError
 
 # How many scores of several samples may exist at once; one sample alone may need more. On a CPU they should
-# stay in the cache; a GPU wants work enough to fill it (2**26 float32 are 256 MiB, and the softmax's as many).
+# stay in the cache; a GPU wants work enough to fill it (2**26 are 256 MiB, twice that with the softmax).
 _SCORES_CPU = 2**20
 _SCORES_GPU = 2**26
 
@@ -44,14 +43,15 @@ def pattern_sum(
     Scores are float32, or float64 for float64 inputs; never less, also under autocast. The same inputs give
     the same bits. SiteError if spans do not fit the call or `size`. Not a collective.
     """
-    _check(call, spans, size)
-    call = _pick(call, heads)
-    q_bhqd = call.query_bhqd
-    with _plain_arithmetic(q_bhqd.device):
-        total_hss = torch.zeros(q_bhqd.shape[1], size, size, dtype=torch.float32, device=q_bhqd.device)
+    _check(call, spans, size, heads)
+    device = call.query_bhqd.device
+    num_heads = call.query_bhqd.shape[1] if heads is None else len(heads)
+    with _plain_arithmetic(device):
+        total_hss = torch.zeros(num_heads, size, size, dtype=torch.float32, device=device)
         for samples, (start, stop) in _runs(spans):
-            for part in _parts(samples, q_bhqd.shape[1] * min(block, stop - start) * (stop - start), q_bhqd):
-                for rows, keys, probs_bhqk in _blocks(call, part, start, stop, block):
+            length = stop - start
+            for part in _parts(samples, num_heads * min(block, length) * length, device):
+                for rows, keys, probs_bhqk in _blocks(call, part, start, stop, block, heads):
                     summed_hqk = probs_bhqk[0] if len(probs_bhqk) == 1 else probs_bhqk.sum(0)
                     total_hss[:, rows, keys] += summed_hqk
         return total_hss
@@ -65,15 +65,15 @@ def pattern(
     block: int = 128,
     heads: Sequence[int] | None = None,
 ) -> Tensor:
-    """Sample b's pattern within its span, float32 [heads, L, L] with L = stop − start; else as `pattern_sum`."""
+    """Sample b's pattern within its span, float32 [heads, L, L], L = stop − start; else as `pattern_sum`."""
+    device, num_tokens = call.query_bhqd.device, call.query_bhqd.shape[2]
+    _check(call, spans, num_tokens, heads)
     start, stop = spans[b]
-    _check(call, spans, stop - start)
-    call = _pick(call, heads)
-    q_bhqd = call.query_bhqd
-    with _plain_arithmetic(q_bhqd.device):
+    num_heads = call.query_bhqd.shape[1] if heads is None else len(heads)
+    with _plain_arithmetic(device):
         length = stop - start
-        pattern_hll = torch.zeros(q_bhqd.shape[1], length, length, dtype=torch.float32, device=q_bhqd.device)
-        for rows, keys, probs_bhqk in _blocks(call, slice(b, b + 1), start, stop, block):
+        pattern_hll = torch.zeros(num_heads, length, length, dtype=torch.float32, device=device)
+        for rows, keys, probs_bhqk in _blocks(call, slice(b, b + 1), start, stop, block, heads):
             pattern_hll[:, rows, keys] = probs_bhqk[0]
         return pattern_hll
 
@@ -90,13 +90,16 @@ def _plain_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _check(call: AttentionCall, spans: Sequence[tuple[int, int]], size: int) -> None:
-    num_samples, num_heads, num_queries, _ = call.query_bhqd.shape
+def _check(
+    call: AttentionCall, spans: Sequence[tuple[int, int]], size: int, heads: Sequence[int] | None
+) -> None:
+    num_samples, num_heads, num_tokens, _ = call.query_bhqd.shape
     where = f"attention of {type(call.module).__name__}"
-    if call.key_bhkd.shape[2] != num_queries or num_heads % call.key_bhkd.shape[1]:
+    if call.key_bhkd.shape[2] != num_tokens or num_heads % call.key_bhkd.shape[1]:
         raise SiteError(
-            f"{where}: expected as many keys as queries, and query heads a multiple of key heads; got queries "
-            f"{tuple(call.query_bhqd.shape)} and keys {tuple(call.key_bhkd.shape)} as [batch, heads, tokens, dim]."
+            f"{where}: expected as many keys as queries, and query heads a multiple of key heads; got "
+            f"queries {tuple(call.query_bhqd.shape)}, keys {tuple(call.key_bhkd.shape)} as [B, H, S, D]. "
+            f"Cached decoding and cross-attention are not supported yet."
         )
     if len(spans) != num_samples:
         raise SiteError(
@@ -104,42 +107,18 @@ def _check(call: AttentionCall, spans: Sequence[tuple[int, int]], size: int) -> 
             f"The mask given to record() must be the one of this batch."
         )
     for b, (start, stop) in enumerate(spans):
-        if not 0 <= start <= stop <= num_queries:
+        if not 0 <= start <= stop <= num_tokens:
             raise SiteError(
-                f"{where}: expected a span within its {num_queries} tokens, got {(start, stop)} for sample {b}. "
+                f"{where}: expected a span within {num_tokens} tokens, got {(start, stop)} for sample {b}. "
                 f"The mask given to record() must be the one of this batch."
             )
-    longest = max((stop - start for start, stop in spans), default=0)
-    if longest > size:
-        raise SiteError(
-            f"{where}: expected at most {size} valid tokens a sample, got {longest}. Use a larger size."
-        )
-
-
-def _pick(call: AttentionCall, heads: Sequence[int] | None) -> AttentionCall:
-    """The call of some heads alone, in the order given; key heads are repeated where they serve several."""
-    if heads is None:
-        return call
-    num_heads, num_key_heads = call.query_bhqd.shape[1], call.key_bhkd.shape[1]
-    if not all(0 <= head < num_heads for head in heads):
-        raise SiteError(
-            f"attention of {type(call.module).__name__}: expected heads in 0..{num_heads - 1}, got {list(heads)}."
-        )
-    group = num_heads // num_key_heads
-    with _plain_arithmetic(call.query_bhqd.device):
-        index = torch.tensor(list(heads), dtype=torch.long, device=call.query_bhqd.device)
-
-        def of_heads(x: Tensor | None) -> Tensor | None:
-            return x if x is None or x.dim() != 4 or x.shape[1] == 1 else x[:, index]
-
-        return replace(
-            call,
-            query_bhqd=call.query_bhqd[:, index],
-            key_bhkd=call.key_bhkd[:, index // group],
-            mask=of_heads(call.mask),
-            position_bias=of_heads(call.position_bias),
-            sinks=None if call.sinks is None else call.sinks[index],
-        )
+        if stop - start > size:
+            raise SiteError(
+                f"{where}: expected at most {size} valid tokens, got {stop - start} for sample {b}. "
+                f"Use a larger size, or shorter texts."
+            )
+    if heads is not None and not all(0 <= head < num_heads for head in heads):
+        raise SiteError(f"{where}: expected heads within 0..{num_heads - 1}, got {list(heads)}.")
 
 
 def _runs(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[range, tuple[int, int]]]:
@@ -150,32 +129,36 @@ def _runs(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[range, tuple[int, 
             yield range(samples[0], samples[-1] + 1), (start, stop)
 
 
-def _parts(samples: range, scores_per_sample: int, like: Tensor) -> Iterator[slice]:
-    limit = _SCORES_CPU if like.device.type == "cpu" else _SCORES_GPU
-    step = max(1, limit // scores_per_sample)
+def _parts(samples: range, scores_per_sample: int, device: torch.device) -> Iterator[slice]:
+    limit = _SCORES_CPU if device.type == "cpu" else _SCORES_GPU
+    step = max(1, limit // max(1, scores_per_sample))
     for first in range(samples.start, samples.stop, step):
         yield slice(first, min(first + step, samples.stop))
 
 
 def _blocks(
-    call: AttentionCall, samples: slice, start: int, stop: int, block: int
+    call: AttentionCall, samples: slice, start: int, stop: int, block: int, heads: Sequence[int] | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, keys, probabilities [b, h, q, k]) of these samples, whose valid tokens are start..stop.
 
     Rows and keys count from `start`. Keys left out have probability zero.
     """
     dtype = torch.float64 if call.query_bhqd.dtype == torch.float64 else torch.float32
-    k_bgld = call.key_bhkd[samples, :, start:stop].to(dtype)
-    b, g, _, d = k_bgld.shape
-    h = call.query_bhqd.shape[1]
+    picked: Tensor | slice = slice(None)
+    k_bgld = call.key_bhkd[samples, :, start:stop]
+    if heads is not None:
+        picked = torch.tensor(list(heads), dtype=torch.long, device=k_bgld.device)
+        k_bgld = k_bgld[:, picked // (call.query_bhqd.shape[1] // k_bgld.shape[1])]  # one key head for each
+    k_bgld = k_bgld.to(dtype)
     for top in range(start, stop, block):
         bottom = min(top + block, stop)
         first, last = _key_range(call, samples, top, bottom, start, stop)
-        q_bhqd = call.query_bhqd[samples, :, top:bottom].to(dtype) * call.scaling
+        q_bhqd = call.query_bhqd[samples, :, top:bottom][:, picked].to(dtype) * call.scaling
+        b, h, q, d = q_bhqd.shape
         # Heads that share keys lie side by side, so a group is one matrix and keys are never repeated.
-        q_bgqd = q_bhqd.reshape(b, g, -1, d)
+        q_bgqd = q_bhqd.reshape(b, k_bgld.shape[1], -1, d) if h else q_bhqd
         scores_bgqk = q_bgqd @ k_bgld[:, :, first - start : last - start].mT
-        probs_bhqk = _softmax(call, scores_bgqk.view(b, h, bottom - top, -1), samples, top, first)
+        probs_bhqk = _softmax(call, scores_bgqk.view(b, h, q, -1), samples, top, first, picked)
         yield slice(top - start, bottom - start), slice(first - start, last - start), probs_bhqk
 
 
@@ -193,25 +176,27 @@ def _key_range(
     elif call.is_causal and bottom < stop and call.mask.device.type == "cpu":
         # A causal model's mask mostly, but not always, bars what comes later (a prefix may be seen whole).
         # To look costs a pass over one head's mask; on a GPU it would cost a wait, so there we compute all.
-        later = _cut(call.mask, samples, slice(top, bottom), slice(bottom, stop))
+        later = _cut(call.mask, samples, slice(None), slice(top, bottom), slice(bottom, stop))
         if bool(_barred(later).all()):
             last = bottom
     return first, last
 
 
-def _softmax(call: AttentionCall, scores_bhqk: Tensor, samples: slice, top: int, first: int) -> Tensor:
+def _softmax(
+    call: AttentionCall, scores_bhqk: Tensor, samples: slice, top: int, first: int, picked: Tensor | slice
+) -> Tensor:
     """Probabilities from Q · K of queries from `top` and keys from `first`; overwrites the scores."""
     _, _, q, k = scores_bhqk.shape
     rows, keys = slice(top, top + q), slice(first, first + k)
     if call.softcap is not None:
         scores_bhqk.div_(call.softcap).tanh_().mul_(call.softcap)
     if call.position_bias is not None:
-        scores_bhqk += _cut(call.position_bias, samples, rows, keys)
+        scores_bhqk += _cut(call.position_bias, samples, picked, rows, keys)
 
     barred: Tensor | None = None  # broadcastable to the scores; only where a row may see no key at all
     mask = call.mask
     if mask is not None and mask.dim() == 4:
-        part = _cut(mask, samples, rows, keys)
+        part = _cut(mask, samples, picked, rows, keys)
         barred = _barred(part)
         if part.dtype == torch.bool:
             scores_bhqk.masked_fill_(barred, -torch.inf)
@@ -236,7 +221,7 @@ def _softmax(call: AttentionCall, scores_bhqk: Tensor, samples: slice, top: int,
     if call.sinks is not None:
         # With a sink's logit c: exp(x) / (Σ exp + exp(c)) = softmax(x) · sigmoid(logsumexp − c).
         lse_bhq1 = scores_bhqk.logsumexp(-1, keepdim=True)
-        probs_bhqk *= torch.sigmoid(lse_bhq1 - call.sinks.to(scores_bhqk.dtype).view(1, -1, 1, 1))
+        probs_bhqk *= torch.sigmoid(lse_bhq1 - call.sinks[picked].to(scores_bhqk.dtype).view(1, -1, 1, 1))
     if barred is not None:
         blind = barred.all(-1, keepdim=True)
         if blind.device.type != "cpu" or bool(blind.any()):
@@ -244,15 +229,16 @@ def _softmax(call: AttentionCall, scores_bhqk: Tensor, samples: slice, top: int,
     return probs_bhqk
 
 
-def _cut(x: Tensor, samples: slice, rows: slice, keys: slice) -> Tensor:
+def _cut(x: Tensor, samples: slice, heads: Tensor | slice, rows: slice, keys: slice) -> Tensor:
     """A block of something that broadcasts to [B, H, Q, K]."""
     everything = slice(None)
-    return x[
+    part = x[
         everything if x.shape[0] == 1 else samples,
         :,
         everything if x.shape[2] == 1 else rows,
         everything if x.shape[3] == 1 else keys,
     ]
+    return part if x.shape[1] == 1 else part[:, heads]
 
 
 def _barred(mask: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ def _open(interface: type, tap: _Tap) -> None:
             # own eager function otherwise; some model files index directly. Hence both.
             for name in ("get_interface", "__getitem__"):
                 _before[name] = vars(interface).get(name, _ABSENT)
-                setattr(interface, name, _tapping(getattr(interface, name)))
+                setattr(
+                    interface, name, _tapping(getattr(interface, name), is_default=name == "get_interface")
+                )
         _taps = (*_taps, tap)
 
 
@@ -114,14 +116,14 @@ def _close(interface: type, tap: _Tap) -> None:
             _before.clear()
 
 
-def _tapping(lookup: Callable[..., Any]) -> Callable[..., Any]:
+def _tapping(lookup: Callable[..., Any], *, is_default: bool) -> Callable[..., Any]:
     @functools.wraps(lookup)
     def tapped_lookup(*args: Any, **kwargs: Any) -> Any:
         function = lookup(*args, **kwargs)
         if isinstance(function, _Tapped) or not callable(function):
             return function
-        # `__getitem__` has wrapped what is registered, so a bare function from `get_interface` is its default.
-        return _Tapped(function, is_default=lookup.__name__ == "get_interface")
+        # What is registered comes wrapped from `__getitem__`; `get_interface` itself adds only its default.
+        return _Tapped(function, is_default=is_default)
 
     return tapped_lookup
 
@@ -160,9 +162,12 @@ _POSITIONAL = ("module", "query", "key", "value", "attention_mask")
 _HANDLED = frozenset({"scaling", "is_causal", "softcap", "sliding_window", "position_bias", "s_aux", "sinks"})
 # What passes through an attention function's keywords without a say in its scores.
 _HARMLESS = frozenset(
-    """dropout deterministic output_attentions output_hidden_states output_router_logits return_dict use_cache
-    cache_position past_key_value past_key_values position_ids position_embeddings num_items_in_batch
-    logits_to_keep layer_idx training kernel_options""".split()
+    {
+        *("dropout", "deterministic", "training", "kernel_options", "layer_idx", "return_dict"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"),
+        *("use_cache", "cache_position", "past_key_value", "past_key_values"),
+        *("position_ids", "position_embeddings", "num_items_in_batch"),
+    }
 )
 
 
@@ -170,7 +175,7 @@ def _describe(
     function: Callable[..., Any], is_default: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> AttentionCall:
     """The call that `function(*args, **kwargs)` is, or SiteError."""
-    given = {**dict(zip(_POSITIONAL, args)), **kwargs}
+    given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
     module, query_bhqd, key_bhkd = given["module"], given["query"], given["key"]
     where = f"attention of {type(module).__name__}, layer {getattr(module, 'layer_idx', '?')}"
     if len(args) > len(_POSITIONAL):
@@ -223,8 +228,9 @@ def _describe(
     )
 
 
+@functools.lru_cache(maxsize=256)
 def _kind(function: Callable[..., Any], is_default: bool) -> str:
-    """Whose arithmetic this is: `sdpa`, `eager` (a model file of transformers), `flash`, `flex` or `other`."""
+    """Whose arithmetic this is: `sdpa`, `flash`, `flex`, `eager` (of a transformers model file), `other`."""
     from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -253,16 +259,17 @@ def _options(function: Callable[..., Any], kind: str, given: Mapping[str, Any], 
             f"cannot be told apart. Record a plain forward pass."
         )
     if kind in ("sdpa", "eager"):
-        # transformers' own functions read only what they name and ignore the rest; so must we. Two
-        # exceptions: eager functions read the module's sinks, which are passed as `s_aux` too. And both
-        # get their window in the mask (sdpa's is left out only where the window is longer than the text).
+        # transformers' own functions read only what they name and ignore the rest; so must we. The one
+        # exception: eager functions read the module's sinks, which are passed as `s_aux` too. Neither kind
+        # reads a window, which stands in their masks.
         named = _parameters(function) | ({"s_aux"} if kind == "eager" else set())
-        given = {name: value for name, value in given.items() if name in named and name != "sliding_window"}
+        given = {name: value for name, value in given.items() if name in named}
     unknown = sorted(given.keys() - _HANDLED - _HARMLESS)
     if unknown:
         raise SiteError(
-            f"{where}: {getattr(function, '__name__', function)!s} got {unknown}, which may change the scores "
-            f"in ways not known here. Load the model with attn_implementation='sdpa', or leave this layer out."
+            f"{where}: expected no keywords beyond {sorted(_HANDLED)} that may change the scores, got "
+            f"{unknown} for {getattr(function, '__name__', function)!s}. Load the model with "
+            f"attn_implementation='sdpa', or leave this layer out."
         )
     if kind == "flash" and _is_packed(given.get("position_ids")):
         raise SiteError(
