@@ -116,7 +116,11 @@ class Noted:
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         def bare(x: Any) -> Any:
             if isinstance(x, Noted):
@@ -273,7 +277,9 @@ class ActivationCache:
                 if pieces is None:
                     twin._set_kept(key, entry.strategy, copy.deepcopy(entry.state, memo))
                 else:
-                    twin._set_kept(key, entry.strategy, Rows(Piece(p.value_n.clone(), p.columns) for p in pieces))
+                    twin._set_kept(
+                        key, entry.strategy, Rows(Piece(p.value_n.clone(), p.columns) for p in pieces)
+                    )
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -298,7 +304,9 @@ class ActivationCache:
                     pieces = [[p.value_n, _table(p.columns, tables)] for p in state.pieces]
                     entries.append([key, "rows", strategy, pieces])
                 else:
-                    entries.append([key, "list", strategy, [_value_to_plain(value, tables) for value in state]])
+                    entries.append(
+                        [key, "list", strategy, [_value_to_plain(value, tables) for value in state]]
+                    )
             else:
                 held = self._arena.entries[key]
                 state = {name: tensor.clone() for name, tensor in self._arena.state(key).items()}
@@ -314,7 +322,9 @@ class ActivationCache:
 
     # -- merging -----------------------------------------------------------------------------------------------
 
-    def register_aggregation(self, key_pattern: str, strategy: Strategy | str | Callable[[list[Any]], Any]) -> None:
+    def register_aggregation(
+        self, key_pattern: str, strategy: Strategy | str | Callable[[list[Any]], Any]
+    ) -> None:
         """Choose how keys that equal or begin with `key_pattern` merge; an exact match wins, then the longest.
 
         A pattern that ends in a digit doesn't match where another digit follows: `resid_out_1` isn't
@@ -357,7 +367,10 @@ class ActivationCache:
             return
         reference = self._entries or (self._pending._entries if self._pending is not None else {})
         if reference and reference.keys() != external._entries.keys():
-            mine, theirs = reference.keys() - external._entries.keys(), external._entries.keys() - reference.keys()
+            mine, theirs = (
+                reference.keys() - external._entries.keys(),
+                external._entries.keys() - reference.keys(),
+            )
             raise ValueError(
                 f"cannot cat caches with other keys: the external one lacks {sorted(mine)}, "
                 f"this one lacks {sorted(theirs)}."
@@ -411,9 +424,13 @@ class ActivationCache:
         if columns:
             n = len(next(iter(columns.values())))
             rows = torch.arange(n) if index is None else samples_of(index)
-            known = Columns({"sample": rows, "position": torch.zeros(n, dtype=torch.int64), **columns}, index is not None)
+            known = Columns(
+                {"sample": rows, "position": torch.zeros(n, dtype=torch.int64), **columns}, index is not None
+            )
             if any(len(column) != len(rows) for column in columns.values()):
-                raise ValueError(f"columns of {key!r} have lengths { {k: len(v) for k, v in columns.items()} }, expected {n}.")
+                raise ValueError(
+                    f"columns of {key!r} have lengths { {k: len(v) for k, v in columns.items()} }, expected {n}."
+                )
         scaled = None if weight is None else torch.as_tensor(weight, dtype=torch.float64)
         one._entries[key] = RawEntry([Value(value, columns=known, weight=scaled)])
         self._absorb(one, index=None if known is not None else index, whole_lists=self._pending is not None)
@@ -427,7 +444,9 @@ class ActivationCache:
         """
         entry = self._resolved(key)
         if isinstance(entry, KeptEntry) and isinstance(entry.state, Rows):
-            return torch.tensor(len(entry.strategy.finalize(entry.state).movedim(_row_dim(entry.strategy), 0)))
+            return torch.tensor(
+                len(entry.strategy.finalize(entry.state).movedim(_row_dim(entry.strategy), 0))
+            )
         if entry is not REDUCED or "count" not in self._arena.entries[key].slots:
             raise ValueError(f"{key!r} is not a reduced value, so nothing was counted behind it.")
         count = self._arena.state(key)["count"]
@@ -458,12 +477,20 @@ class ActivationCache:
                 state = self._arena.state(key)
                 fields = tuple(f"{f.name} {f.reduction}" for f in held.schema.fields)
                 nbytes = sum(t.nbytes for t in state.values())
-                found[key] = Explained(repr(held.strategy), fields, "all_reduce", held.schema.fields[0].dtype, nbytes)
+                found[key] = Explained(
+                    repr(held.strategy), fields, "all_reduce", held.schema.fields[0].dtype, nbytes
+                )
             elif isinstance(entry, KeptEntry):
                 rows = isinstance(entry.state, Rows)
-                tensors = [p.value_n for p in entry.state.pieces] if rows else _leaves([v.data for v in entry.state])
+                tensors = (
+                    [p.value_n for p in entry.state.pieces]
+                    if rows
+                    else _leaves([v.data for v in entry.state])
+                )
                 dtype = entry.schema.dtype or "any"
-                name, collective = ("rows", "broadcast of rows") if rows else ("values", "broadcast of encoded values")
+                name, collective = (
+                    ("rows", "broadcast of rows") if rows else ("values", "broadcast of encoded values")
+                )
                 nbytes = sum(t.nbytes for t in tensors)
                 found[key] = Explained(repr(entry.strategy), (name,), collective, dtype, nbytes)
             else:
@@ -521,7 +548,9 @@ class ActivationCache:
                 entry.values = [Value(rows.joined(), rows=True, columns=columns)]
             return entry.values[0].data
         if isinstance(entry, KeptEntry):
-            if isinstance(entry.state, Rows) and (len(entry.state.pieces) > 1 or entry.state.order() is not None):
+            if isinstance(entry.state, Rows) and (
+                len(entry.state.pieces) > 1 or entry.state.order() is not None
+            ):
                 joined = entry.state.joined()
                 known = entry.state.columns()
                 columns = Columns(known, bool(entry.state.indexed)) if known else None
@@ -602,7 +631,12 @@ class ActivationCache:
         self._num_samples += other._num_samples
 
     def _put_state(
-        self, keys: tuple[str, ...], strategy: Fieldwise, state: State, result: torch.dtype, leading: bool = True
+        self,
+        keys: tuple[str, ...],
+        strategy: Fieldwise,
+        state: State,
+        result: torch.dtype,
+        leading: bool = True,
     ) -> None:
         """Fold a state, with a leading dim of len(keys), into keys of one slab; make room first if they're new."""
         if not leading:
@@ -654,12 +688,18 @@ class ActivationCache:
     def _plan_join(self, other: ActivationCache, index: Any, collect: bool) -> _Join:
         samples = None if index is None else samples_of(index)
         if samples is not None and other._num_samples and len(samples) != other._num_samples:
-            raise ValueError(f"index has {len(samples)} entries, the cache holds {other._num_samples} samples.")
+            raise ValueError(
+                f"index has {len(samples)} entries, the cache holds {other._num_samples} samples."
+            )
         join = _Join(samples=None if samples is None else IntervalSet.of(samples))
         columns = _Indexer(samples)
         reduced = []
         arena = other._arena
-        if len(arena) and arena.layout_digest == self._arena.layout_digest and arena.content_digest == self._arena.content_digest:
+        if (
+            len(arena)
+            and arena.layout_digest == self._arena.layout_digest
+            and arena.content_digest == self._arena.content_digest
+        ):
             join.same_layout = arena
             reduced.extend(arena.entries)
         else:
@@ -675,7 +715,9 @@ class ActivationCache:
             strategy = self._state_strategy(key)
             if isinstance(entry, KeptEntry):
                 if strategy is not None and strategy != entry.strategy:
-                    raise SchemaMismatch(f"cannot merge {key!r}: it holds a state of {strategy}, got one of {entry.strategy}.")
+                    raise SchemaMismatch(
+                        f"cannot merge {key!r}: it holds a state of {strategy}, got one of {entry.strategy}."
+                    )
                 strategy = entry.strategy
             elif strategy is None:
                 assert first is not None
@@ -705,7 +747,9 @@ class ActivationCache:
             if isinstance(mine, RawEntry):
                 self._plan_values(join, key, entry.strategy, mine.values, _Indexer(None))
             elif isinstance(mine, KeptEntry):
-                raise SchemaMismatch(f"cannot merge {key!r}: it holds a state of {mine.strategy}, got one of {entry.strategy}.")
+                raise SchemaMismatch(
+                    f"cannot merge {key!r}: it holds a state of {mine.strategy}, got one of {entry.strategy}."
+                )
             elif mine is REDUCED:
                 held = self._arena.entries[key]
                 if held.schema != arena.entries[key].schema:
@@ -724,8 +768,18 @@ class ActivationCache:
     ) -> None:
         for value in values:
             state = strategy.take(value)
-            data = value.data.value if hasattr(value.data, "weight") and hasattr(value.data, "value") else value.data
-            given = data.dtype if isinstance(data, Tensor) else torch.float64 if isinstance(data, float) else torch.int64
+            data = (
+                value.data.value
+                if hasattr(value.data, "weight") and hasattr(value.data, "value")
+                else value.data
+            )
+            given = (
+                data.dtype
+                if isinstance(data, Tensor)
+                else torch.float64
+                if isinstance(data, float)
+                else torch.int64
+            )
             result = strategy.result_dtype(given)
             if key in self._arena:
                 fields = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
@@ -734,9 +788,13 @@ class ActivationCache:
                 alone = {name: tensor[0] for name, tensor in before[2].items()}
                 join.reduced.remove(before)
                 if result != before[3] or set(alone) != set(state):
-                    raise SchemaMismatch(f"cannot merge {key!r}: its values differ in dtype ({before[3]}, {result}) or weight.")
+                    raise SchemaMismatch(
+                        f"cannot merge {key!r}: its values differ in dtype ({before[3]}, {result}) or weight."
+                    )
                 state = strategy.combine(alone, state)
-            join.reduced.append(((key,), strategy, {name: t.unsqueeze(0) for name, t in state.items()}, result))
+            join.reduced.append(
+                ((key,), strategy, {name: t.unsqueeze(0) for name, t in state.items()}, result)
+            )
 
     def _plan_key(
         self,
@@ -789,7 +847,9 @@ class ActivationCache:
     def _schemas(self) -> dict[str, KeySchema]:
         """The schema of every key that holds a state."""
         found = {key: entry.schema for key, entry in self._arena.entries.items()}
-        found.update({key: entry.schema for key, entry in self._entries.items() if isinstance(entry, KeptEntry)})
+        found.update(
+            {key: entry.schema for key, entry in self._entries.items() if isinstance(entry, KeptEntry)}
+        )
         return found
 
     def _kept(self) -> dict[str, KeptEntry]:
@@ -810,7 +870,9 @@ class _Indexer:
             return columns
         if columns is None:
             if self._bare is None:
-                self._bare = Columns({"sample": self.samples, "position": torch.zeros_like(self.samples)}, True)
+                self._bare = Columns(
+                    {"sample": self.samples, "position": torch.zeros_like(self.samples)}, True
+                )
             return self._bare
         if columns.indexed:
             raise ValueError("its rows carry an index already: leave out index=.")

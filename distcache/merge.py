@@ -20,8 +20,16 @@ from torch import Tensor
 
 from distcache import codec
 from distcache.cache import REDUCED, ActivationCache, KeptEntry, _registered
-from distcache.comm import Communicator, CommFailed, StoreLost, Transfer
-from distcache.errors import DistcacheError, DuplicateSamples, MergeAborted, MergeInDoubt, PeerFailed, SchemaMismatch, TooLarge
+from distcache.comm import CommFailed, Communicator, StoreLost, Transfer
+from distcache.errors import (
+    DistcacheError,
+    DuplicateSamples,
+    MergeAborted,
+    MergeInDoubt,
+    PeerFailed,
+    SchemaMismatch,
+    TooLarge,
+)
 from distcache.ledger import Ledger
 from distcache.memory import available_bytes, human
 from distcache.plan import MergePlan, Offer, Payload, Table, buckets, make_plan
@@ -119,8 +127,12 @@ def as_error(decision: bytes, me: int) -> Exception:
     found = json.loads(decision)["abort"]
     rank, message = found["rank"], found["message"]
     if rank == me:
-        return MergeAborted(f"the merge was aborted: {message}. The delta is intact: cache.merge() tries again.")
-    return PeerFailed(f"rank {rank} {message}. Nothing was merged; this rank's delta is intact: cache.merge() tries again.")
+        return MergeAborted(
+            f"the merge was aborted: {message}. The delta is intact: cache.merge() tries again."
+        )
+    return PeerFailed(
+        f"rank {rank} {message}. Nothing was merged; this rank's delta is intact: cache.merge() tries again."
+    )
 
 
 @contextmanager
@@ -131,7 +143,9 @@ def attempt(comm: Communicator, number: int) -> Iterator[None]:
     except _Decided as ended:
         raise as_error(ended.decision, comm.rank) from None
     except StoreLost as error:
-        raise MergeAborted(f"the merge ended before this rank's vote, nothing has changed: {error}.") from error
+        raise MergeAborted(
+            f"the merge ended before this rank's vote, nothing has changed: {error}."
+        ) from error
     except MergeInDoubt:
         raise
     except CommFailed as error:
@@ -206,13 +220,19 @@ def arrive(comm: Communicator, number: int, wait_s: float) -> None:
         for rank in missing:
             silent_s = comm.heart.silent_s(rank)
             if silent_s > comm.timeout_s:
-                gone = "left without merging" if silent_s == float("inf") else f"was silent for {comm.timeout_s:g} s"
+                gone = (
+                    "left without merging"
+                    if silent_s == float("inf")
+                    else f"was silent for {comm.timeout_s:g} s"
+                )
                 raise _Decided(post_abort(comm, number, rank, f"{gone} while others waited to merge"))
             if silent_s > comm.timeout_s / 2 and rank not in named:
                 named.add(rank)
                 log.warning("rank %d waits for rank %d, silent for %.0f s", comm.rank, rank, silent_s)
         if missing and now - started > wait_s:
-            raise _Decided(post_abort(comm, number, missing[0], f"is alive but did not come within wait_s={wait_s:g} s"))
+            raise _Decided(
+                post_abort(comm, number, missing[0], f"is alive but did not come within wait_s={wait_s:g} s")
+            )
     check_decision(comm, number)
     if count >> 32:
         comm.rebuild(str(number))
@@ -290,7 +310,9 @@ def _exchange_schemas(
 ) -> tuple[list[dict[str, KeySchema]], list[Offer]]:
     comm, arena = party.comm, party.delta._arena
     poll = poll_decision(comm)
-    rooms = [[key, [[name, list(shape)] for name, shape in arena.capacities(key).items()]] for key in arena.entries]
+    rooms = [
+        [key, [[name, list(shape)] for name, shape in arena.capacities(key).items()]] for key in arena.entries
+    ]
     blob = codec.encode([[_listed(schema.facts()) for schema in schemas.values()], rooms])
     sizes = [row[0] for row in comm.gather([len(blob)], poll)]
     holds, full = [], []
@@ -358,7 +380,11 @@ def encode_list(values: Sequence[Value]) -> bytes:
 def decode_list(data: bytes) -> list[Value]:
     values = []
     for item, sample in codec.decode(data):
-        columns = None if sample is None else Columns({"sample": sample, "position": torch.zeros_like(sample)}, True)
+        columns = (
+            None
+            if sample is None
+            else Columns({"sample": sample, "position": torch.zeros_like(sample)}, True)
+        )
         values.append(Value(item, columns=columns))
     return values
 
@@ -412,7 +438,9 @@ def _check_memory(party: Party, plan: MergePlan) -> None:
         if party.holds_content or payload.rank == party.comm.rank:
             need[payload.device] = need.get(payload.device, 0) + payload.nbytes
     for segment_id, segment in party.delta._arena.segments.items():
-        need[segment_id.device] = need.get(segment_id.device, 0) + sum(part.nbytes for part in segment.filled())
+        need[segment_id.device] = need.get(segment_id.device, 0) + sum(
+            part.nbytes for part in segment.filled()
+        )
     for device, nbytes in need.items():
         free = available_bytes(device)
         if nbytes > free:
@@ -538,7 +566,9 @@ def pack(delta: ActivationCache, payload: Payload, buffer: Tensor) -> None:
     for payload_block in payload.blocks:
         if payload_block.kind == "column":
             into = buffer[payload_block.offset : payload_block.offset + payload_block.nbytes]
-            joined = torch.cat([columns.by_name[payload_block.name] for columns in tables[payload_block.table]])
+            joined = torch.cat(
+                [columns.by_name[payload_block.name] for columns in tables[payload_block.table]]
+            )
             into.copy_(codec.as_bytes(joined))
 
 
@@ -581,7 +611,9 @@ def _build(
     for key, state in sole.items():
         strategy = strategies[key]
         assert isinstance(strategy, Fieldwise)
-        content._put_state((key,), strategy, state, codec.dtype_named(plan.schemas[key].result or ""), leading=False)
+        content._put_state(
+            (key,), strategy, state, codec.dtype_named(plan.schemas[key].result or ""), leading=False
+        )
     scratch.fold_arena(old._arena)
     for key, entry in old._kept().items():
         if key not in found:
@@ -605,7 +637,10 @@ def _build(
     for key in scratch.entries:
         content._entries[key] = REDUCED
     # Keys stand in one order on every rank: the content's, then new ones by name.
-    order = [*(key for key in old._entries), *sorted(key for key in content._entries if key not in old._entries)]
+    order = [
+        *(key for key in old._entries),
+        *sorted(key for key in content._entries if key not in old._entries),
+    ]
     content._entries = {key: content._entries[key] for key in order}
 
 
@@ -679,6 +714,8 @@ def _await_decision(comm: Communicator, number: int, votes: int) -> bytes:
             votes, progress = seen, now
         silent = [r for r in range(comm.world_size) if r != comm.rank and heart.silent_s(r) > comm.timeout_s]
         if silent:
-            return post_abort(comm, number, silent[0], f"was silent for {comm.timeout_s:g} s before it had voted")
+            return post_abort(
+                comm, number, silent[0], f"was silent for {comm.timeout_s:g} s before it had voted"
+            )
         if now - progress > comm.timeout_s:
             return post_abort(comm, number, comm.rank, f"saw no vote for {comm.timeout_s:g} s after its own")

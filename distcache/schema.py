@@ -123,7 +123,9 @@ def strategy_words(facts: str) -> str:
     return f"{description['name']}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
-def union(schemas_by_rank: Sequence[Mapping[str, KeySchema]], content: Mapping[str, KeySchema]) -> dict[str, KeySchema]:
+def union(
+    schemas_by_rank: Sequence[Mapping[str, KeySchema]], content: Mapping[str, KeySchema]
+) -> dict[str, KeySchema]:
     """Every key that any rank holds, in key order; keys that only some ranks have are legal.
 
     Pure: every rank that has the same arguments gets the same result or the same `SchemaMismatch`.

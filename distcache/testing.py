@@ -76,7 +76,9 @@ class RankPool:
         theirs.close()
         return process, ours
 
-    def outcomes(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Outcome]:
+    def outcomes(
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60
+    ) -> list[Outcome]:
         """Run `function(rank, world_size, *args)` on ranks with a gloo process group; how each of them ended.
 
         A rank that is still at it after `timeout_s` is killed, and `RankFailed` raised.
@@ -111,12 +113,16 @@ class RankPool:
             raise RankFailed(f"rank(s) {late} of {world_size} did not end within {timeout_s:g} s.\n{ended}")
         return [found[rank] for rank in range(world_size)]
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Any]:
+    def run(
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60
+    ) -> list[Any]:
         """As `outcomes`, for functions that must succeed: their values, by rank. `RankFailed` with every traceback."""
         ended = self.outcomes(world_size, function, *args, timeout_s=timeout_s)
         failed = [o for o in ended if o.error is not None or o.died]
         if failed:
-            raise RankFailed("\n".join(f"rank {o.rank} of {world_size}: {o.traceback or 'died'}" for o in failed))
+            raise RankFailed(
+                "\n".join(f"rank {o.rank} of {world_size}: {o.traceback or 'died'}" for o in failed)
+            )
         return [o.value for o in ended]
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import distcache as dc
-from distcache.strategies import Moments
 from distcache.testing import splits
 
 STRATEGIES = ["sum", "mean", "max", "min", "cat", "stack", "extend", "moments"]

@@ -88,7 +88,9 @@ def describe(strategy: Strategy) -> dict[str, Any]:
             break
     else:
         cls = type(strategy)
-        raise ValueError(f"{cls.__name__} has no name: call dc.register_strategy('{cls.__name__.lower()}', {cls.__name__}).")
+        raise ValueError(
+            f"{cls.__name__} has no name: call dc.register_strategy('{cls.__name__.lower()}', {cls.__name__})."
+        )
     parameters = {}
     for field in dataclasses.fields(strategy):  # type: ignore[arg-type]
         value = getattr(strategy, field.name)

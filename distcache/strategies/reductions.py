@@ -131,7 +131,11 @@ class Mean(_Reducing):
         total = (x.double() * weight).sum(0)
         per_element = self.ragged or weight_n.shape == value_n.shape
         summed = (weight.expand(value_n.shape) if per_element else weight_n.double()).sum(0)
-        return {"total": total.to(self.accumulate or torch.float64), "count": count, "weight": summed.double()}
+        return {
+            "total": total.to(self.accumulate or torch.float64),
+            "count": count,
+            "weight": summed.double(),
+        }
 
     def finalize(self, state: State) -> Tensor:
         return self._cut(state["total"] / state.get("weight", state["count"]), state)
@@ -220,7 +224,9 @@ class _Extreme(_Reducing):
 
     def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
         if weight_n is not None:
-            raise TypeError(f"{type(self).__name__} takes no weights: a weight doesn't change which value is largest.")
+            raise TypeError(
+                f"{type(self).__name__} takes no weights: a weight doesn't change which value is largest."
+            )
         x = _exact(value_n)
         reduction = self._reduction
         if len(x):
@@ -250,4 +256,3 @@ class Min(_Extreme):
 
     _reduction = MIN
     fields = (Field("extreme", MIN), Field("count", SUM))
-
