@@ -277,9 +277,7 @@ class ActivationCache:
                 if pieces is None:
                     twin._set_kept(key, entry.strategy, copy.deepcopy(entry.state, memo))
                 else:
-                    twin._set_kept(
-                        key, entry.strategy, Rows(Piece(p.value_n.clone(), p.columns) for p in pieces)
-                    )
+                    twin._set_kept(key, entry.strategy, Rows(Piece(p.value_n.clone(), p.columns) for p in pieces))
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -304,9 +302,7 @@ class ActivationCache:
                     pieces = [[p.value_n, _table(p.columns, tables)] for p in state.pieces]
                     entries.append([key, "rows", strategy, pieces])
                 else:
-                    entries.append(
-                        [key, "list", strategy, [_value_to_plain(value, tables) for value in state]]
-                    )
+                    entries.append([key, "list", strategy, [_value_to_plain(value, tables) for value in state]])
             else:
                 held = self._arena.entries[key]
                 state = {name: tensor.clone() for name, tensor in self._arena.state(key).items()}
@@ -322,9 +318,7 @@ class ActivationCache:
 
     # -- merging -----------------------------------------------------------------------------------------------
 
-    def register_aggregation(
-        self, key_pattern: str, strategy: Strategy | str | Callable[[list[Any]], Any]
-    ) -> None:
+    def register_aggregation(self, key_pattern: str, strategy: Strategy | str | Callable[[list[Any]], Any]) -> None:
         """Choose how keys that equal or begin with `key_pattern` merge; an exact match wins, then the longest.
 
         A pattern that ends in a digit doesn't match where another digit follows: `resid_out_1` isn't
@@ -444,9 +438,7 @@ class ActivationCache:
         """
         entry = self._resolved(key)
         if isinstance(entry, KeptEntry) and isinstance(entry.state, Rows):
-            return torch.tensor(
-                len(entry.strategy.finalize(entry.state).movedim(_row_dim(entry.strategy), 0))
-            )
+            return torch.tensor(len(entry.strategy.finalize(entry.state).movedim(_row_dim(entry.strategy), 0)))
         if entry is not REDUCED or "count" not in self._arena.entries[key].slots:
             raise ValueError(f"{key!r} is not a reduced value, so nothing was counted behind it.")
         count = self._arena.state(key)["count"]
@@ -477,20 +469,12 @@ class ActivationCache:
                 state = self._arena.state(key)
                 fields = tuple(f"{f.name} {f.reduction}" for f in held.schema.fields)
                 nbytes = sum(t.nbytes for t in state.values())
-                found[key] = Explained(
-                    repr(held.strategy), fields, "all_reduce", held.schema.fields[0].dtype, nbytes
-                )
+                found[key] = Explained(repr(held.strategy), fields, "all_reduce", held.schema.fields[0].dtype, nbytes)
             elif isinstance(entry, KeptEntry):
                 rows = isinstance(entry.state, Rows)
-                tensors = (
-                    [p.value_n for p in entry.state.pieces]
-                    if rows
-                    else _leaves([v.data for v in entry.state])
-                )
+                tensors = [p.value_n for p in entry.state.pieces] if rows else _leaves([v.data for v in entry.state])
                 dtype = entry.schema.dtype or "any"
-                name, collective = (
-                    ("rows", "broadcast of rows") if rows else ("values", "broadcast of encoded values")
-                )
+                name, collective = ("rows", "broadcast of rows") if rows else ("values", "broadcast of encoded values")
                 nbytes = sum(t.nbytes for t in tensors)
                 found[key] = Explained(repr(entry.strategy), (name,), collective, dtype, nbytes)
             else:
@@ -548,9 +532,7 @@ class ActivationCache:
                 entry.values = [Value(rows.joined(), rows=True, columns=columns)]
             return entry.values[0].data
         if isinstance(entry, KeptEntry):
-            if isinstance(entry.state, Rows) and (
-                len(entry.state.pieces) > 1 or entry.state.order() is not None
-            ):
+            if isinstance(entry.state, Rows) and (len(entry.state.pieces) > 1 or entry.state.order() is not None):
                 joined = entry.state.joined()
                 known = entry.state.columns()
                 columns = Columns(known, bool(entry.state.indexed)) if known else None
@@ -688,9 +670,7 @@ class ActivationCache:
     def _plan_join(self, other: ActivationCache, index: Any, collect: bool) -> _Join:
         samples = None if index is None else samples_of(index)
         if samples is not None and other._num_samples and len(samples) != other._num_samples:
-            raise ValueError(
-                f"index has {len(samples)} entries, the cache holds {other._num_samples} samples."
-            )
+            raise ValueError(f"index has {len(samples)} entries, the cache holds {other._num_samples} samples.")
         join = _Join(samples=None if samples is None else IntervalSet.of(samples))
         columns = _Indexer(samples)
         reduced = []
@@ -768,17 +748,9 @@ class ActivationCache:
     ) -> None:
         for value in values:
             state = strategy.take(value)
-            data = (
-                value.data.value
-                if hasattr(value.data, "weight") and hasattr(value.data, "value")
-                else value.data
-            )
+            data = value.data.value if hasattr(value.data, "weight") and hasattr(value.data, "value") else value.data
             given = (
-                data.dtype
-                if isinstance(data, Tensor)
-                else torch.float64
-                if isinstance(data, float)
-                else torch.int64
+                data.dtype if isinstance(data, Tensor) else torch.float64 if isinstance(data, float) else torch.int64
             )
             result = strategy.result_dtype(given)
             if key in self._arena:
@@ -792,9 +764,7 @@ class ActivationCache:
                         f"cannot merge {key!r}: its values differ in dtype ({before[3]}, {result}) or weight."
                     )
                 state = strategy.combine(alone, state)
-            join.reduced.append(
-                ((key,), strategy, {name: t.unsqueeze(0) for name, t in state.items()}, result)
-            )
+            join.reduced.append(((key,), strategy, {name: t.unsqueeze(0) for name, t in state.items()}, result))
 
     def _plan_key(
         self,
@@ -847,9 +817,7 @@ class ActivationCache:
     def _schemas(self) -> dict[str, KeySchema]:
         """The schema of every key that holds a state."""
         found = {key: entry.schema for key, entry in self._arena.entries.items()}
-        found.update(
-            {key: entry.schema for key, entry in self._entries.items() if isinstance(entry, KeptEntry)}
-        )
+        found.update({key: entry.schema for key, entry in self._entries.items() if isinstance(entry, KeptEntry)})
         return found
 
     def _kept(self) -> dict[str, KeptEntry]:
@@ -870,9 +838,7 @@ class _Indexer:
             return columns
         if columns is None:
             if self._bare is None:
-                self._bare = Columns(
-                    {"sample": self.samples, "position": torch.zeros_like(self.samples)}, True
-                )
+                self._bare = Columns({"sample": self.samples, "position": torch.zeros_like(self.samples)}, True)
             return self._bare
         if columns.indexed:
             raise ValueError("its rows carry an index already: leave out index=.")

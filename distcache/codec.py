@@ -17,7 +17,29 @@ from distcache.errors import BadCache
 
 _TUPLE, _TENSOR, _BIG_INT = 1, 2, 3
 
-_DTYPE_NAMES = ["float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32", "bool", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
+_DTYPE_NAMES = [
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "complex128",
+    "complex64",
+    "complex32",
+    "bool",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint64",
+    "uint32",
+    "uint16",
+    "uint8",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+]
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPE_NAMES if hasattr(torch, name)}
 
 
@@ -67,9 +89,7 @@ def check_plain(value: Any, where: str = "value") -> None:
     if kind is dict:
         for name, item in value.items():
             if type(name) is not str:
-                raise TypeError(
-                    f"{where}: expected str keys in a dict, got {name!r} ({type(name).__name__})."
-                )
+                raise TypeError(f"{where}: expected str keys in a dict, got {name!r} ({type(name).__name__}).")
             check_plain(item, f"{where}[{name!r}]")
         return
     raise TypeError(

@@ -344,9 +344,7 @@ class TorchComm(Communicator):
         self.broken = False
 
     def rebuild(self, generation: str) -> None:
-        self._parked.append(
-            ((self._gloo, self._device_group), [], [])
-        )  # its destructor would wait for its operations
+        self._parked.append(((self._gloo, self._device_group), [], []))  # its destructor would wait for its operations
         try:
             self._open(generation)
         except RuntimeError as error:
@@ -376,9 +374,7 @@ class TorchComm(Communicator):
         for transfer in transfers:
             buffer = transfer.buffer
             assert buffer.is_contiguous()
-            if not buffer.numel() or (
-                transfer.to is not None and self.rank not in (transfer.root, transfer.to)
-            ):
+            if not buffer.numel() or (transfer.to is not None and self.rank not in (transfer.root, transfer.to)):
                 continue
             if buffer.is_cuda and self._device_group is None:  # CUDA states in a gloo job
                 on_cpu = buffer.cpu()
@@ -400,9 +396,7 @@ class TorchComm(Communicator):
             spread = dist.BroadcastOptions()
             spread.rootRank, spread.rootTensor = transfer.root or 0, 0
             return lambda: group.broadcast([buffer], spread)
-        reduction = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[
-            transfer.op
-        ]
+        reduction = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[transfer.op]
         if transfer.root is not None:
             onto = dist.ReduceOptions()
             onto.reduceOp, onto.rootRank, onto.rootTensor = reduction, transfer.root, 0
@@ -436,11 +430,7 @@ class TorchComm(Communicator):
             # Operations may still write: buffers and group are parked until the process forgets them.
             self.broken = True
             self._parked.append((self._gloo, list(flying), kept))
-            if (
-                isinstance(error, RuntimeError)
-                and not isinstance(error, CommFailed)
-                and type(error) in _COMM_ERRORS
-            ):
+            if isinstance(error, RuntimeError) and not isinstance(error, CommFailed) and type(error) in _COMM_ERRORS:
                 raise CommFailed(_one_line(error)) from error
             raise
 
@@ -460,15 +450,11 @@ def open_comm(
     """A communicator over a group, over all ranks, or for this process alone. A collective over the group."""
     if not (dist.is_available() and dist.is_initialized()):
         if group is not None:
-            raise ValueError(
-                "a group was given, but torch.distributed is not initialised: enter dc.init() first."
-            )
+            raise ValueError("a group was given, but torch.distributed is not initialised: enter dc.init() first.")
         return LocalComm(timeout_s)
     ranks = dist.get_process_group_ranks(group) if group is not None else list(range(dist.get_world_size()))
     if dist.get_rank() not in ranks:
-        raise ValueError(
-            f"rank {dist.get_rank()} is not in the group {ranks}: make the cache on its ranks only."
-        )
+        raise ValueError(f"rank {dist.get_rank()} is not in the group {ranks}: make the cache on its ranks only.")
     if len(ranks) == 1:
         return LocalComm(timeout_s)
     nccl = "nccl" in dist.get_backend_config(group)

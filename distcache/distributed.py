@@ -188,9 +188,7 @@ class DistributedCache(_Reading):
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    def register_aggregation(
-        self, key_pattern: str, strategy: Strategy | str | Callable[[list[Any]], Any]
-    ) -> None:
+    def register_aggregation(self, key_pattern: str, strategy: Strategy | str | Callable[[list[Any]], Any]) -> None:
         """As `ActivationCache.register_aggregation`; not a collective, but every rank must register alike."""
         for held in (self._content, self._delta):
             held.register_aggregation(key_pattern, strategy)
@@ -238,9 +236,7 @@ class DistributedCache(_Reading):
         for key in local:
             mine, theirs = self._content._state_strategy(key), local._state_strategy(key)
             if mine is not None and theirs is not None and mine != theirs:
-                raise ValueError(
-                    f"cannot cat {key!r}: the content holds a state of {mine}, got one of {theirs}."
-                )
+                raise ValueError(f"cannot cat {key!r}: the content holds a state of {mine}, got one of {theirs}.")
 
     @contextlib.contextmanager
     def deferred_mode(self) -> Iterator[DistributedCache]:

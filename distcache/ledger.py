@@ -23,15 +23,11 @@ class IntervalSet:
     @classmethod
     def of(cls, samples: Iterable[int] | Tensor) -> IntervalSet:
         """The set of these samples, in any order."""
-        unique = np.unique(
-            np.asarray(samples if isinstance(samples, Tensor) else list(samples), dtype=np.int64)
-        )
+        unique = np.unique(np.asarray(samples if isinstance(samples, Tensor) else list(samples), dtype=np.int64))
         if not len(unique):
             return cls()
         breaks = np.flatnonzero(np.diff(unique) != 1)
-        return cls(
-            np.stack([unique[np.r_[0, breaks + 1]], unique[np.r_[breaks, len(unique) - 1]] + 1], axis=1)
-        )
+        return cls(np.stack([unique[np.r_[0, breaks + 1]], unique[np.r_[breaks, len(unique) - 1]] + 1], axis=1))
 
     def __len__(self) -> int:
         return int((self.bounds[:, 1] - self.bounds[:, 0]).sum())
@@ -52,9 +48,7 @@ class IntervalSet:
         both = both[np.argsort(both[:, 0], kind="stable")]
         reach = np.maximum.accumulate(both[:, 1])
         starts = np.r_[True, both[1:, 0] > reach[:-1]]
-        return IntervalSet(
-            np.stack([both[starts, 0], reach[np.r_[np.flatnonzero(starts)[1:] - 1, len(both) - 1]]], 1)
-        )
+        return IntervalSet(np.stack([both[starts, 0], reach[np.r_[np.flatnonzero(starts)[1:] - 1, len(both) - 1]]], 1))
 
     def __and__(self, other: IntervalSet) -> IntervalSet:
         found = []
@@ -135,13 +129,9 @@ def samples_of(index: Iterable[int] | Tensor | int) -> Tensor:
     """An index as an int64 tensor [n]. TypeError for what holds no integers."""
     if isinstance(index, int):
         index = [index]
-    samples = (
-        torch.as_tensor(index if isinstance(index, (Tensor, np.ndarray)) else list(index)).detach().cpu()
-    )
+    samples = torch.as_tensor(index if isinstance(index, (Tensor, np.ndarray)) else list(index)).detach().cpu()
     if samples.numel() == 0:
         return torch.empty(0, dtype=torch.int64)
     if samples.dim() != 1 or samples.dtype.is_floating_point or samples.dtype == torch.bool:
-        raise TypeError(
-            f"expected one integer index per sample, [n], got {samples.dtype} {tuple(samples.shape)}."
-        )
+        raise TypeError(f"expected one integer index per sample, [n], got {samples.dtype} {tuple(samples.shape)}.")
     return samples.to(torch.int64)

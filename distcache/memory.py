@@ -39,9 +39,7 @@ def _control_group() -> int:
         if limit == "max":
             return 1 << 62
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        used = int((_CGROUP / "memory.current").read_text()) - int(
-            stat.get("inactive_file", 0)
-        )  # files can go
+        used = int((_CGROUP / "memory.current").read_text()) - int(stat.get("inactive_file", 0))  # files can go
         return max(0, int(limit) - used)
     except (OSError, ValueError):
         return 1 << 62

@@ -127,9 +127,7 @@ def as_error(decision: bytes, me: int) -> Exception:
     found = json.loads(decision)["abort"]
     rank, message = found["rank"], found["message"]
     if rank == me:
-        return MergeAborted(
-            f"the merge was aborted: {message}. The delta is intact: cache.merge() tries again."
-        )
+        return MergeAborted(f"the merge was aborted: {message}. The delta is intact: cache.merge() tries again.")
     return PeerFailed(
         f"rank {rank} {message}. Nothing was merged; this rank's delta is intact: cache.merge() tries again."
     )
@@ -143,9 +141,7 @@ def attempt(comm: Communicator, number: int) -> Iterator[None]:
     except _Decided as ended:
         raise as_error(ended.decision, comm.rank) from None
     except StoreLost as error:
-        raise MergeAborted(
-            f"the merge ended before this rank's vote, nothing has changed: {error}."
-        ) from error
+        raise MergeAborted(f"the merge ended before this rank's vote, nothing has changed: {error}.") from error
     except MergeInDoubt:
         raise
     except CommFailed as error:
@@ -220,11 +216,7 @@ def arrive(comm: Communicator, number: int, wait_s: float) -> None:
         for rank in missing:
             silent_s = comm.heart.silent_s(rank)
             if silent_s > comm.timeout_s:
-                gone = (
-                    "left without merging"
-                    if silent_s == float("inf")
-                    else f"was silent for {comm.timeout_s:g} s"
-                )
+                gone = "left without merging" if silent_s == float("inf") else f"was silent for {comm.timeout_s:g} s"
                 raise _Decided(post_abort(comm, number, rank, f"{gone} while others waited to merge"))
             if silent_s > comm.timeout_s / 2 and rank not in named:
                 named.add(rank)
@@ -310,9 +302,7 @@ def _exchange_schemas(
 ) -> tuple[list[dict[str, KeySchema]], list[Offer]]:
     comm, arena = party.comm, party.delta._arena
     poll = poll_decision(comm)
-    rooms = [
-        [key, [[name, list(shape)] for name, shape in arena.capacities(key).items()]] for key in arena.entries
-    ]
+    rooms = [[key, [[name, list(shape)] for name, shape in arena.capacities(key).items()]] for key in arena.entries]
     blob = codec.encode([[_listed(schema.facts()) for schema in schemas.values()], rooms])
     sizes = [row[0] for row in comm.gather([len(blob)], poll)]
     holds, full = [], []
@@ -380,11 +370,7 @@ def encode_list(values: Sequence[Value]) -> bytes:
 def decode_list(data: bytes) -> list[Value]:
     values = []
     for item, sample in codec.decode(data):
-        columns = (
-            None
-            if sample is None
-            else Columns({"sample": sample, "position": torch.zeros_like(sample)}, True)
-        )
+        columns = None if sample is None else Columns({"sample": sample, "position": torch.zeros_like(sample)}, True)
         values.append(Value(item, columns=columns))
     return values
 
@@ -438,9 +424,7 @@ def _check_memory(party: Party, plan: MergePlan) -> None:
         if party.holds_content or payload.rank == party.comm.rank:
             need[payload.device] = need.get(payload.device, 0) + payload.nbytes
     for segment_id, segment in party.delta._arena.segments.items():
-        need[segment_id.device] = need.get(segment_id.device, 0) + sum(
-            part.nbytes for part in segment.filled()
-        )
+        need[segment_id.device] = need.get(segment_id.device, 0) + sum(part.nbytes for part in segment.filled())
     for device, nbytes in need.items():
         free = available_bytes(device)
         if nbytes > free:
@@ -566,9 +550,7 @@ def pack(delta: ActivationCache, payload: Payload, buffer: Tensor) -> None:
     for payload_block in payload.blocks:
         if payload_block.kind == "column":
             into = buffer[payload_block.offset : payload_block.offset + payload_block.nbytes]
-            joined = torch.cat(
-                [columns.by_name[payload_block.name] for columns in tables[payload_block.table]]
-            )
+            joined = torch.cat([columns.by_name[payload_block.name] for columns in tables[payload_block.table]])
             into.copy_(codec.as_bytes(joined))
 
 
@@ -611,9 +593,7 @@ def _build(
     for key, state in sole.items():
         strategy = strategies[key]
         assert isinstance(strategy, Fieldwise)
-        content._put_state(
-            (key,), strategy, state, codec.dtype_named(plan.schemas[key].result or ""), leading=False
-        )
+        content._put_state((key,), strategy, state, codec.dtype_named(plan.schemas[key].result or ""), leading=False)
     scratch.fold_arena(old._arena)
     for key, entry in old._kept().items():
         if key not in found:
@@ -714,8 +694,6 @@ def _await_decision(comm: Communicator, number: int, votes: int) -> bytes:
             votes, progress = seen, now
         silent = [r for r in range(comm.world_size) if r != comm.rank and heart.silent_s(r) > comm.timeout_s]
         if silent:
-            return post_abort(
-                comm, number, silent[0], f"was silent for {comm.timeout_s:g} s before it had voted"
-            )
+            return post_abort(comm, number, silent[0], f"was silent for {comm.timeout_s:g} s before it had voted")
         if now - progress > comm.timeout_s:
             return post_abort(comm, number, comm.rank, f"saw no vote for {comm.timeout_s:g} s after its own")

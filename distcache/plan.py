@@ -175,9 +175,7 @@ def _payloads(
     blocks: dict[str, list[Block]] = {}
     ends: dict[str, int] = {}
 
-    def put(
-        device: str, kind: str, key: str, name: str, dtype: str, shape: tuple[int, ...], table: int = -1
-    ) -> None:
+    def put(device: str, kind: str, key: str, name: str, dtype: str, shape: tuple[int, ...], table: int = -1) -> None:
         nbytes = math.prod(shape) * dtype_named(dtype).itemsize
         offset = -(-ends.get(device, 0) // ALIGNMENT) * ALIGNMENT
         blocks.setdefault(device, []).append(Block(kind, key, name, dtype, shape, offset, nbytes, table))

@@ -101,9 +101,7 @@ class KeySchema:
 
 
 def _field_words(fields: Iterable[FieldSchema]) -> str:
-    return ", ".join(
-        f"{f.name} {f.dtype}[{', '.join('*' if n is None else str(n) for n in f.shape)}]" for f in fields
-    )
+    return ", ".join(f"{f.name} {f.dtype}[{', '.join('*' if n is None else str(n) for n in f.shape)}]" for f in fields)
 
 
 def strategy_facts(strategy: Strategy) -> str:
@@ -123,9 +121,7 @@ def strategy_words(facts: str) -> str:
     return f"{description['name']}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
-def union(
-    schemas_by_rank: Sequence[Mapping[str, KeySchema]], content: Mapping[str, KeySchema]
-) -> dict[str, KeySchema]:
+def union(schemas_by_rank: Sequence[Mapping[str, KeySchema]], content: Mapping[str, KeySchema]) -> dict[str, KeySchema]:
     """Every key that any rank holds, in key order; keys that only some ranks have are legal.
 
     Pure: every rank that has the same arguments gets the same result or the same `SchemaMismatch`.

@@ -153,12 +153,9 @@ class Arena:
             for f in fields
         )  # fmt: skip
         schemas = [
-            KeySchema(key, "fields", facts, specs, result=dtype_name(result), device=device.type)
-            for key in keys
+            KeySchema(key, "fields", facts, specs, result=dtype_name(result), device=device.type) for key in keys
         ]
-        self._place(
-            schemas, strategy, {f.name: capacity(strategy, f.name, shapes[f.name]) for f in fields}, device
-        )
+        self._place(schemas, strategy, {f.name: capacity(strategy, f.name, shapes[f.name]) for f in fields}, device)
 
     def _place(
         self,
@@ -203,11 +200,7 @@ class Arena:
             self._view(slot).fill_(self.segments[slot.segment].identity)
 
     def _view(self, slot: Slot) -> Tensor:
-        return (
-            self.segments[slot.segment]
-            .chunks[slot.chunk][slot.offset : slot.offset + slot.numel]
-            .view(slot.shape)
-        )
+        return self.segments[slot.segment].chunks[slot.chunk][slot.offset : slot.offset + slot.numel].view(slot.shape)
 
     def state(self, key: str) -> State:
         """The key's state: views into chunks, at full capacity."""
@@ -222,9 +215,7 @@ class Arena:
                 if entry.slots.get(name) != replace(first, offset=first.offset + i * first.numel):
                     return None
             chunk = self.segments[first.segment].chunks[first.chunk]
-            views[name] = chunk[first.offset : first.offset + first.numel * len(keys)].view(
-                len(keys), *first.shape
-            )
+            views[name] = chunk[first.offset : first.offset + first.numel * len(keys)].view(len(keys), *first.shape)
         return views
 
     def fold(self, keys: Sequence[str], state: State, result: torch.dtype) -> None:
@@ -233,9 +224,7 @@ class Arena:
         `SchemaMismatch` if it doesn't fit, before anything has changed.
         """
         entry = self.entries[keys[0]]
-        self.check(
-            keys[0], entry.strategy, {n: (tuple(t.shape[1:]), t.dtype) for n, t in state.items()}, result
-        )
+        self.check(keys[0], entry.strategy, {n: (tuple(t.shape[1:]), t.dtype) for n, t in state.items()}, result)
         wanted = {name: tuple(tensor.shape[1:]) for name, tensor in state.items()}
         if any(not fits(wanted[name], slot.shape) for name, slot in entry.slots.items()):
             self.grow(entry.slab, wanted)
@@ -257,9 +246,7 @@ class Arena:
         """`SchemaMismatch` naming what differs, if a state of these fields can't join this key's."""
         entry = self.entries[key]
         if entry.strategy != strategy:
-            raise SchemaMismatch(
-                f"cannot fold into {key!r}: it holds a state of {entry.strategy}, got {strategy}."
-            )
+            raise SchemaMismatch(f"cannot fold into {key!r}: it holds a state of {entry.strategy}, got {strategy}.")
         held = {f.name: f for f in entry.schema.fields}
         if set(held) != set(fields):
             raise SchemaMismatch(
@@ -331,9 +318,7 @@ class Arena:
         done: set[str] = set()
         for key, entry in self.entries.items():
             if key not in done:
-                slab = tuple(
-                    k for k in entry.slab if k in self.entries and self.entries[k].slab == entry.slab
-                )
+                slab = tuple(k for k in entry.slab if k in self.entries and self.entries[k].slab == entry.slab)
                 done.update(slab)
                 yield slab
 
@@ -362,9 +347,7 @@ class Arena:
         if self.layout_digest == other.layout_digest and self.content_digest == other.content_digest:
             for segment_id, segment in self.segments.items():
                 if not segment_id.centred:
-                    for mine, theirs in zip(
-                        segment.filled(), other.segments[segment_id].filled(), strict=True
-                    ):
+                    for mine, theirs in zip(segment.filled(), other.segments[segment_id].filled(), strict=True):
                         Reduction(segment_id.reduction).fold_(mine, theirs)
             for key, entry in self.entries.items():
                 if any(f.round for f in entry.schema.fields):

@@ -150,9 +150,7 @@ def _wanted(site: Site, layer: int) -> bool:
 def _check_layers(site: Site, found: Sequence[int]) -> None:
     missing = sorted(set(site.layers or ()) - set(found))
     if missing:
-        raise SiteError(
-            f"site {site.name_or_path!r}: no layers {missing}; the model has {min(found)}..{max(found)}."
-        )
+        raise SiteError(f"site {site.name_or_path!r}: no layers {missing}; the model has {min(found)}..{max(found)}.")
 
 
 def _strategies(site: Site) -> dict[str, Strategy]:
@@ -160,9 +158,7 @@ def _strategies(site: Site) -> dict[str, Strategy]:
         return {}
     if isinstance(site.reduce, Mapping):
         if not site.reduce:
-            raise SiteError(
-                f"site {site.name_or_path!r}: reduce is an empty dict; give suffixes and strategies."
-            )
+            raise SiteError(f"site {site.name_or_path!r}: reduce is an empty dict; give suffixes and strategies.")
         return {suffix: as_strategy(strategy) for suffix, strategy in site.reduce.items()}
     return {"": as_strategy(site.reduce)}
 
@@ -227,9 +223,7 @@ def _attention_targets(model: nn.Module, family: Family, site: Site) -> list[Att
             keys = tuple(template.format(layer=layer, head=head) for head in range(family.num_heads))
             averaged = name == "avg_attn_pattern"
             found.append(
-                AttentionTarget(
-                    site, module, keys, f"{name!r} at layer {layer}", averaged, strategies.get("")
-                )
+                AttentionTarget(site, module, keys, f"{name!r} at layer {layer}", averaged, strategies.get(""))
             )
     return found
 
@@ -254,9 +248,7 @@ def _path_targets(modules: Mapping[str, nn.Module], site: Site) -> list[Target]:
     found = [(name, int(m[1]) if in_path else None, module) for name, m, module in matches if m]
     if not found:
         near = sorted({re.sub(r"\d+", "{layer}", name) for name in modules if name})[:12]
-        raise SiteError(
-            f"site {template!r}: no module of the model matches {path!r}. It has {', '.join(near)}, …"
-        )
+        raise SiteError(f"site {template!r}: no module of the model matches {path!r}. It has {', '.join(near)}, …")
     if in_path:
         _check_layers(site, [layer for _, layer, _ in found if layer is not None])
     return [
@@ -365,9 +357,7 @@ def token_selector(tokens: Tokens, where: str) -> Any:
         return ("slice", tokens.start, tokens.stop, tokens.step)
     if isinstance(tokens, Sequence) and all(isinstance(token, int) for token in tokens):
         return tuple(tokens)
-    raise SiteError(
-        f"site {where!r}: tokens is 'all', 'last', 'mean', a slice, a number or a list, got {tokens!r}."
-    )
+    raise SiteError(f"site {where!r}: tokens is 'all', 'last', 'mean', a slice, a number or a list, got {tokens!r}.")
 
 
 def select(batch: Batch, selector: Any) -> Selection:
@@ -412,9 +402,7 @@ def _columns(batch: Batch, b: Tensor, s: Tensor | None, position: Tensor) -> Col
             beside[name] = column[b]
         elif s is not None:
             beside[name] = column[b, s]
-    return Columns(
-        {"sample": batch.samples[b], "position": position.to(torch.int64), **beside}, batch.indexed
-    )
+    return Columns({"sample": batch.samples[b], "position": position.to(torch.int64), **beside}, batch.indexed)
 
 
 def find_mask(
@@ -452,9 +440,7 @@ def valid_tokens(mask: Tensor | None, shape: tuple[int, ...] | None) -> tuple[in
             )
         return mask.shape[0], mask.shape[1], mask != 0
     if shape is None or not shape:
-        raise SiteError(
-            "the model was called without a tensor: the batch's size is not known. Pass record(…, mask=…)."
-        )
+        raise SiteError("the model was called without a tensor: the batch's size is not known. Pass record(…, mask=…).")
     if len(shape) == 1:
         return shape[0], None, None
     return shape[0], shape[1], None

@@ -113,16 +113,12 @@ class RankPool:
             raise RankFailed(f"rank(s) {late} of {world_size} did not end within {timeout_s:g} s.\n{ended}")
         return [found[rank] for rank in range(world_size)]
 
-    def run(
-        self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60
-    ) -> list[Any]:
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60) -> list[Any]:
         """As `outcomes`, for functions that must succeed: their values, by rank. `RankFailed` with every traceback."""
         ended = self.outcomes(world_size, function, *args, timeout_s=timeout_s)
         failed = [o for o in ended if o.error is not None or o.died]
         if failed:
-            raise RankFailed(
-                "\n".join(f"rank {o.rank} of {world_size}: {o.traceback or 'died'}" for o in failed)
-            )
+            raise RankFailed("\n".join(f"rank {o.rank} of {world_size}: {o.traceback or 'died'}" for o in failed))
         return [o.value for o in ended]
 
 
@@ -157,9 +153,7 @@ def joined(store: dist.Store, rank: int, world_size: int, timeout_s: float = 30)
     if world_size == 1:
         yield
         return
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
     try:
         yield
     finally:

@@ -187,9 +187,7 @@ def test_every_row_of_an_average_sums_to_one_unless_a_sink_takes_its_share(famil
 def test_the_pattern_of_one_sample_is_that_of_its_text_alone():
     model, patterns = build("llama", "sdpa"), []
     inputs, spans = batch(TEXTS, "left")
-    with tap_attention(
-        attending(model, "llama"), lambda call: patterns.append(blockwise.pattern(call, spans, 1))
-    ):
+    with tap_attention(attending(model, "llama"), lambda call: patterns.append(blockwise.pattern(call, spans, 1))):
         run(model, "llama", inputs)
     expected = build("llama", "eager")(input_ids=TEXTS[1][None], output_attentions=True).attentions
     torch.testing.assert_close(torch.stack(patterns), torch.cat(expected).detach(), **TOLERANCE)
@@ -527,9 +525,7 @@ def test_sums_made_under_inference_mode_can_be_added_to_outside():
     model, sums = build("llama", "sdpa"), []
     inputs, spans = batch(TEXTS, "left")
     with (
-        tap_attention(
-            attending(model, "llama"), lambda call: sums.append(blockwise.pattern_sum(call, spans, SIZE))
-        ),
+        tap_attention(attending(model, "llama"), lambda call: sums.append(blockwise.pattern_sum(call, spans, SIZE))),
         torch.inference_mode(),
     ):
         model(**inputs)
@@ -566,9 +562,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("spans", [[(0, 64)] * 6, [(b, 64) for b in range(6)]], ids=["one span", "many"])
 @pytest.mark.parametrize("mask", [None, torch.ones(6, 1, 64, 64).tril().bool()], ids=["causal", "mask"])
 @pytest.mark.parametrize("limit", [100, 3 * 4 * 16 * 64])
-def test_no_more_scores_exist_at_once_than_the_limit_or_a_block_of_one_sample(
-    monkeypatch, spans, mask, limit
-):
+def test_no_more_scores_exist_at_once_than_the_limit_or_a_block_of_one_sample(monkeypatch, spans, mask, limit):
     monkeypatch.setattr(blockwise, "_SCORES_CPU", limit)
     q, k = torch.randn(6, 4, 64, 8), torch.randn(6, 2, 64, 8)
     with Largest() as largest:

@@ -90,9 +90,7 @@ def _plain_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _check(
-    call: AttentionCall, spans: Sequence[tuple[int, int]], size: int, heads: Sequence[int] | None
-) -> None:
+def _check(call: AttentionCall, spans: Sequence[tuple[int, int]], size: int, heads: Sequence[int] | None) -> None:
     num_samples, num_heads, num_tokens, _ = call.query_bhqd.shape
     where = f"attention of {type(call.module).__name__}"
     if call.key_bhkd.shape[2] != num_tokens or num_heads % call.key_bhkd.shape[1]:
@@ -162,9 +160,7 @@ def _blocks(
         yield slice(top - start, bottom - start), slice(first - start, last - start), probs_bhqk
 
 
-def _key_range(
-    call: AttentionCall, samples: slice, top: int, bottom: int, start: int, stop: int
-) -> tuple[int, int]:
+def _key_range(call: AttentionCall, samples: slice, top: int, bottom: int, start: int, stop: int) -> tuple[int, int]:
     """The keys that queries top..bottom may see at all."""
     first, last = start, stop
     if call.mask is None or call.mask.dim() == 2:

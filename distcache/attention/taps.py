@@ -97,9 +97,7 @@ def _open(interface: type, tap: _Tap) -> None:
             # own eager function otherwise; some model files index directly. Hence both.
             for name in ("get_interface", "__getitem__"):
                 _before[name] = vars(interface).get(name, _ABSENT)
-                setattr(
-                    interface, name, _tapping(getattr(interface, name), is_default=name == "get_interface")
-                )
+                setattr(interface, name, _tapping(getattr(interface, name), is_default=name == "get_interface"))
         _taps = (*_taps, tap)
 
 
@@ -185,9 +183,7 @@ def _describe(
         )
 
     kind = _kind(function, is_default)
-    options = _options(
-        function, kind, {name: v for name, v in given.items() if name not in _POSITIONAL}, where
-    )
+    options = _options(function, kind, {name: v for name, v in given.items() if name not in _POSITIONAL}, where)
     is_causal = options.get("is_causal")
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if kind == "eager":

@@ -176,9 +176,7 @@ class Fieldwise(Strategy):
 
     def combine(self, a: State, b: State) -> State:
         shapes = {
-            name: torch.Size(map(max, a[name].shape, b[name].shape))
-            if a[name].shape != b[name].shape
-            else None
+            name: torch.Size(map(max, a[name].shape, b[name].shape)) if a[name].shape != b[name].shape else None
             for name in a
         }
         into = {}

@@ -50,9 +50,7 @@ class Extend(Listwise):
 
     def take(self, value: Value) -> list[Value]:
         if not isinstance(value.data, (list, tuple)):
-            raise TypeError(
-                f"Extend expects lists, got {type(value.data).__name__}: wrap single values, [value]."
-            )
+            raise TypeError(f"Extend expects lists, got {type(value.data).__name__}: wrap single values, [value].")
         if value.columns is not None and value.columns.indexed and len(value.columns) != len(value.data):
             raise ValueError(
                 f"Extend with an index expects one entry per sample: got {len(value.data)} entries for "
@@ -123,9 +121,7 @@ class Default(Listwise):
 
     def resolve(self, value: Value) -> Strategy:
         if isinstance(value.data, Weighted):
-            raise TypeError(
-                "a Weighted value needs a strategy that weighs: register Mean(), Sum() or Moments()."
-            )
+            raise TypeError("a Weighted value needs a strategy that weighs: register Mean(), Sum() or Moments().")
         if isinstance(value.data, Tensor):
             return Cat() if value.data.dim() else Stack()
         if isinstance(value.data, list):
@@ -147,9 +143,7 @@ def default_aggregation(values: list[Any]) -> Any:
                 return join(values, dim=0)
             except (RuntimeError, ValueError, IndexError):
                 continue
-        raise ValueError(
-            f"cannot concatenate or stack tensors of shapes {[tuple(value.shape) for value in values]}."
-        )
+        raise ValueError(f"cannot concatenate or stack tensors of shapes {[tuple(value.shape) for value in values]}.")
     if all(isinstance(value, list) for value in values):
         return [item for value in values for item in value]
     return values[0]

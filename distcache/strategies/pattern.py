@@ -31,9 +31,7 @@ class AveragePattern(Fieldwise):
         if weight_n is not None:
             raise TypeError("AveragePattern takes no weights.")
         if value_n.dim() != 3 or value_n.shape[1] != value_n.shape[2]:
-            raise ValueError(
-                f"AveragePattern expects square patterns, [S, S] each, got {tuple(value_n.shape[1:])}."
-            )
+            raise ValueError(f"AveragePattern expects square patterns, [S, S] each, got {tuple(value_n.shape[1:])}.")
         total = value_n.to(torch.promote_types(value_n.dtype, torch.float32)).sum(0)
         count = torch.full((total.shape[0], 1), len(value_n), dtype=torch.int64, device=total.device)
         return {"total": total.to(self.accumulate or torch.float64), "count": count}

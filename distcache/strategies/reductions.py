@@ -224,9 +224,7 @@ class _Extreme(_Reducing):
 
     def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
         if weight_n is not None:
-            raise TypeError(
-                f"{type(self).__name__} takes no weights: a weight doesn't change which value is largest."
-            )
+            raise TypeError(f"{type(self).__name__} takes no weights: a weight doesn't change which value is largest.")
         x = _exact(value_n)
         reduction = self._reduction
         if len(x):

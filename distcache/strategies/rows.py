@@ -85,9 +85,7 @@ class Rows:
     def column(self, name: str) -> Tensor:
         """One column of all rows in the order they came, int64 [n] or what was recorded."""
         parts = [
-            piece.columns.by_name[name]
-            for piece in self.pieces
-            if piece.columns is not None and len(piece.value_n)
+            piece.columns.by_name[name] for piece in self.pieces if piece.columns is not None and len(piece.value_n)
         ]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
@@ -96,9 +94,7 @@ class Rows:
         known = [piece for piece in self.pieces if len(piece.value_n)]
         if not known or any(piece.columns is None for piece in known):
             return {}
-        shared = set.intersection(
-            *(set(piece.columns.by_name) for piece in known if piece.columns is not None)
-        )
+        shared = set.intersection(*(set(piece.columns.by_name) for piece in known if piece.columns is not None))
         order = self.order()
         names = [name for name in known[0].columns.by_name if name in shared]  # type: ignore[union-attr]
         return {name: self.column(name) if order is None else self.column(name)[order] for name in names}
@@ -147,9 +143,7 @@ class Stack(Rowwise):
             return Rows([Piece(data, value.columns)])
         columns = value.columns
         if columns is not None and len(columns) != 1:
-            raise ValueError(
-                f"Stack makes one row of a value: expected one sample's index, got {len(columns)}."
-            )
+            raise ValueError(f"Stack makes one row of a value: expected one sample's index, got {len(columns)}.")
         return Rows([Piece(data.unsqueeze(0), columns)])
 
     def combine(self, a: Rows, b: Rows) -> Rows:
