@@ -1,7 +1,67 @@
 """Collect activations from models that run on many ranks, aggregate them, merge across the cluster once."""
 
 from distcache.cache import ActivationCache
+from distcache.collect import collect
 from distcache.comm import init
 from distcache.distributed import DistributedCache
+from distcache.errors import (
+    BadCache,
+    DistcacheError,
+    DuplicateSamples,
+    HeldElsewhere,
+    MergeAborted,
+    MergeInDoubt,
+    PeerFailed,
+    SchemaMismatch,
+    SiteError,
+    TooLarge,
+)
+from distcache.hooks import record
+from distcache.sites import Site
+from distcache.store import load
+from distcache.strategies import (
+    AveragePattern,
+    Cat,
+    Extend,
+    First,
+    Max,
+    Mean,
+    Min,
+    Moments,
+    Stack,
+    Sum,
+    Weighted,
+    register_strategy,
+)
 
-__all__ = ["ActivationCache", "DistributedCache", "init"]
+__all__ = [
+    "ActivationCache",
+    "AveragePattern",
+    "BadCache",
+    "Cat",
+    "DistcacheError",
+    "DistributedCache",
+    "DuplicateSamples",
+    "Extend",
+    "First",
+    "HeldElsewhere",
+    "Max",
+    "Mean",
+    "MergeAborted",
+    "MergeInDoubt",
+    "Min",
+    "Moments",
+    "PeerFailed",
+    "SchemaMismatch",
+    "Site",
+    "SiteError",
+    "Stack",
+    "Sum",
+    "TooLarge",
+    "Weighted",
+    "collect",
+    "init",
+    "load",
+    "record",
+    "register_strategy",
+]

@@ -29,6 +29,7 @@ from distcache.strategies import (
     State,
     Strategy,
     Value,
+    Weighted,
     as_strategy,
     default_aggregation,
     describe,
@@ -130,12 +131,32 @@ class Noted:
         return func(*map(bare, args), **{name: bare(value) for name, value in (kwargs or {}).items()})
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Slab:
+    """A state for several keys at once: every field has a leading dim of len(keys)."""
+
+    keys: tuple[str, ...]
+    strategy: Fieldwise
+    state: State
+    result: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shown:
+    """A value that a forward pass showed for a key; `strategy`: the site's own, or None for the cache's."""
+
+    key: str
+    value: Value
+    strategy: Strategy | None = None
+
+
 @dataclass(slots=True)
 class _Join:
     """What a `cat` is about to do, worked out in full before anything changes."""
 
     same_layout: Arena | None = None
-    reduced: list[tuple[tuple[str, ...], Fieldwise, State, torch.dtype]] = field(default_factory=list)
+    reduced: list[Slab] = field(default_factory=list)
+    alone: dict[str, Slab] = field(default_factory=dict)  # of `reduced`, those of one key, by key
     entries: dict[str, RawEntry | KeptEntry] = field(default_factory=dict)
     order: dict[str, None] = field(default_factory=dict)
     samples: IntervalSet | None = None
@@ -625,7 +646,7 @@ class ActivationCache:
             state = {name: tensor.unsqueeze(0) for name, tensor in state.items()}
         if keys[0] not in self._arena:
             shapes = {name: tuple(tensor.shape[1:]) for name, tensor in state.items()}
-            dtypes = {name: tensor.dtype for name, tensor in state.items()}
+            dtypes = strategy.accumulators({name: tensor.dtype for name, tensor in state.items()})
             device = next(iter(state.values())).device
             self._arena.reserve(keys, strategy, shapes, dtypes, result, device)
         self._arena.fold(keys, state, result)
@@ -647,25 +668,63 @@ class ActivationCache:
         """
         other._resolve_all()
         join = self._plan_join(other, index, whole_lists and not finish)
+        self._apply(join)
+        self._notes.update({key: note for key, note in other._notes.items() if key not in self._notes})
+        self._ledger.add_all(other._ledger)
+        self._num_samples += other._num_samples
+
+    def _apply(self, join: _Join) -> None:
         if join.same_layout is not None:
             self._arena.fold_arena(join.same_layout)
-        for keys, strategy, state, result in join.reduced:
-            for key in keys:
-                self._entries.setdefault(key, REDUCED)
-            self._put_state(keys, strategy, state, result)
+        for key in join.order:  # new keys come in the other's order
+            self._entries.setdefault(key, REDUCED)
+        for slab in join.reduced:
+            self._put_state(slab.keys, slab.strategy, slab.state, slab.result)
         for key, entry in join.entries.items():
             if isinstance(entry, KeptEntry):
                 self._set_kept(key, entry.strategy, entry.state)
             else:
                 self._entries[key] = entry
-        for key in join.order:  # new keys come in the other's order
-            if key not in self._entries:
-                raise AssertionError(key)
-        self._notes.update({key: note for key, note in other._notes.items() if key not in self._notes})
         if join.samples is not None:
             self._ledger.add(join.reduced_keys, join.samples)
-        self._ledger.add_all(other._ledger)
-        self._num_samples += other._num_samples
+
+    @property
+    def _receiving(self) -> ActivationCache:
+        """Where contributions go: what is noted for the end of a deferred block, or this cache."""
+        return self if self._pending is None else self._pending
+
+    def _take_pass(
+        self, slabs: Iterable[Slab], shown: Iterable[Shown], num_samples: int, samples: Tensor | None, raw: bool
+    ) -> None:
+        """Fold what one forward pass has shown: all or nothing.
+
+        `samples`: the samples' indices, int64 [B], if they have any. `raw`: values without a strategy stay values, so
+        that the cache they are merged into decides.
+        """
+        join = _Join(samples=None if samples is None else IntervalSet.of(samples))
+        keys: list[str] = []
+        for slab in slabs:
+            keys.extend(slab.keys)
+            self._plan_slab(join, slab)
+        values = []
+        for one in shown:
+            mine = self._resolved(one.key) if one.key in self._entries else None
+            if raw and one.strategy is None and not isinstance(mine, KeptEntry):
+                values.append(one)
+                continue
+            strategy = one.strategy or self._state_strategy(one.key) or self._strategy(one.key, one.value)
+            if self._plan_key(join, one.key, strategy, mine, RawEntry([one.value]), _Indexer(None), True):
+                keys.append(one.key)
+        join.reduced_keys = frozenset(keys)
+        if join.samples is not None:
+            self._ledger.check(join.reduced_keys, join.samples)
+        self._apply(join)
+        for one in values:
+            entry = self._entries.setdefault(one.key, RawEntry([]))
+            assert isinstance(entry, RawEntry)
+            entry.values.append(one.value)
+        if samples is None:
+            self._num_samples += num_samples
 
     def _plan_join(self, other: ActivationCache, index: Any, collect: bool) -> _Join:
         samples = None if index is None else samples_of(index)
@@ -684,7 +743,7 @@ class ActivationCache:
             reduced.extend(arena.entries)
         else:
             for slab in arena.slabs():
-                self._plan_slab(join, arena, slab)
+                self._plan_arena_slab(join, arena, slab)
                 reduced.extend(slab)
         for key, entry in other._entries.items():
             join.order[key] = None
@@ -718,53 +777,56 @@ class ActivationCache:
         self._ledger.check_all(other._ledger)
         return join
 
-    def _plan_slab(self, join: _Join, arena: Arena, slab: tuple[str, ...]) -> None:
-        entry = arena.entries[slab[0]]
+    def _plan_arena_slab(self, join: _Join, arena: Arena, keys: tuple[str, ...]) -> None:
+        entry = arena.entries[keys[0]]
         result = codec.dtype_named(entry.schema.result or "float32")
-        state = arena.slab(slab)
-        for key in slab:
-            mine = self._resolved(key) if key in self._entries else None
-            if isinstance(mine, RawEntry):
-                self._plan_values(join, key, entry.strategy, mine.values, _Indexer(None))
-            elif isinstance(mine, KeptEntry):
-                raise SchemaMismatch(
-                    f"cannot merge {key!r}: it holds a state of {mine.strategy}, got one of {entry.strategy}."
-                )
-            elif mine is REDUCED:
-                held = self._arena.entries[key]
-                if held.schema != arena.entries[key].schema:
-                    words = "; ".join(held.schema.explain_difference(arena.entries[key].schema))
-                    raise SchemaMismatch(f"cannot merge {key!r}: expected {words}.")
-        together = state is not None and len({key in self._arena for key in slab}) == 1
-        if together and state is not None:
-            join.reduced.append((slab, entry.strategy, state, result))
-        else:
-            for key in slab:
-                alone = {name: tensor.unsqueeze(0) for name, tensor in arena.state(key).items()}
-                join.reduced.append(((key,), entry.strategy, alone, result))
+        together = arena.slab(keys)
+        if together is not None:
+            self._plan_slab(join, Slab(keys, entry.strategy, together, result))
+            return
+        for key in keys:
+            self._plan_slab(join, Slab((key,), entry.strategy, _one(arena.state(key)), result))
 
-    def _plan_values(
-        self, join: _Join, key: str, strategy: Fieldwise, values: Iterable[Value], columns: _Indexer
-    ) -> None:
+    def _plan_slab(self, join: _Join, slab: Slab) -> None:
+        known = {key for key in slab.keys if key in self._entries}
+        for key in known:
+            mine = self._resolved(key)
+            if isinstance(mine, KeptEntry):
+                raise SchemaMismatch(
+                    f"cannot merge {key!r}: it holds a state of {mine.strategy}, got one of {slab.strategy}."
+                )
+            if isinstance(mine, RawEntry):
+                self._plan_values(join, key, slab.strategy, mine.values)
+            else:
+                fields = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in slab.state.items()}
+                self._arena.check(key, slab.strategy, fields, slab.result)
+        together = not known or (known == set(slab.keys) and not any(key in join.alone for key in known))
+        if together:
+            join.reduced.append(slab)
+            return
+        for k, key in enumerate(slab.keys):
+            state = {name: tensor[k] for name, tensor in slab.state.items()}
+            self._plan_state(join, key, slab.strategy, state, slab.result)
+
+    def _plan_values(self, join: _Join, key: str, strategy: Fieldwise, values: Iterable[Value]) -> None:
         for value in values:
-            state = strategy.take(value)
-            data = value.data.value if hasattr(value.data, "weight") and hasattr(value.data, "value") else value.data
-            given = (
-                data.dtype if isinstance(data, Tensor) else torch.float64 if isinstance(data, float) else torch.int64
-            )
-            result = strategy.result_dtype(given)
-            if key in self._arena:
-                fields = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-                self._arena.check(key, strategy, fields, result)
-            elif (before := next((r for r in reversed(join.reduced) if r[0] == (key,)), None)) is not None:
-                alone = {name: tensor[0] for name, tensor in before[2].items()}
-                join.reduced.remove(before)
-                if result != before[3] or set(alone) != set(state):
-                    raise SchemaMismatch(
-                        f"cannot merge {key!r}: its values differ in dtype ({before[3]}, {result}) or weight."
-                    )
-                state = strategy.combine(alone, state)
-            join.reduced.append(((key,), strategy, {name: t.unsqueeze(0) for name, t in state.items()}, result))
+            self._plan_state(join, key, strategy, strategy.take(value), strategy.result_dtype(_dtype_of(value)))
+
+    def _plan_state(self, join: _Join, key: str, strategy: Fieldwise, state: State, result: torch.dtype) -> None:
+        """Plan to fold one state of one key, checked against what is held and what is planned for it."""
+        before = join.alone.get(key)
+        if before is not None:
+            if result != before.result or set(before.state) != set(state):
+                raise SchemaMismatch(
+                    f"cannot merge {key!r}: its values differ in dtype ({before.result}, {result}) or weight."
+                )
+            before.state.update(_one(strategy.combine({name: t[0] for name, t in before.state.items()}, state)))
+            return
+        if key in self._arena:
+            fields = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+            self._arena.check(key, strategy, fields, result)
+        join.alone[key] = Slab((key,), strategy, _one(state), result)
+        join.reduced.append(join.alone[key])
 
     def _plan_key(
         self,
@@ -781,7 +843,7 @@ class ActivationCache:
         assert isinstance(entry, (RawEntry, KeptEntry))
         if isinstance(strategy, Fieldwise):
             assert isinstance(entry, RawEntry)
-            self._plan_values(join, key, strategy, [*own, *entry.values], columns)
+            self._plan_values(join, key, strategy, [*own, *entry.values])
             return True
         state = mine.state if isinstance(mine, KeptEntry) else None
         for value in own:
@@ -901,6 +963,17 @@ def _row_dim(strategy: Strategy) -> int:
     return strategy.dim if isinstance(strategy, Rowwise) and isinstance(strategy.dim, int) else 0
 
 
+def _one(state: State) -> State:
+    """A state as a slab of one key."""
+    return {name: tensor.unsqueeze(0) for name, tensor in state.items()}
+
+
+def _dtype_of(value: Value) -> torch.dtype:
+    """The dtype of a value that a reduction takes; Python's floats count as float64."""
+    data = value.data.value if isinstance(value.data, Weighted) else value.data
+    return data.dtype if isinstance(data, Tensor) else torch.float64 if isinstance(data, float) else torch.int64
+
+
 def _as_result(tensor: Tensor, result: torch.dtype) -> Tensor:
     if tensor.is_floating_point() == result.is_floating_point:
         tensor = tensor.to(result)
@@ -957,8 +1030,6 @@ def _table(columns: Columns | None, tables: dict[int, tuple[int, Columns]]) -> i
 
 
 def _value_to_plain(value: Value, tables: dict[int, tuple[int, Columns]]) -> list[Any]:
-    from distcache.strategies import Weighted
-
     data, weight = value.data, value.weight
     weighted = isinstance(data, Weighted)
     if isinstance(data, Weighted):
@@ -968,8 +1039,6 @@ def _value_to_plain(value: Value, tables: dict[int, tuple[int, Columns]]) -> lis
 
 def _from_plain(data: bytes) -> ActivationCache:
     """The inverse of pickling. Functions are imported from the paths that pickling checked."""
-    from distcache.strategies import Weighted
-
     plain = codec.decode(data)
     cache = ActivationCache()
     tables = [Columns(by_name, indexed) for by_name, indexed in plain["tables"]]

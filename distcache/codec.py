@@ -1,7 +1,9 @@
 """Plain values, with tensors as leaves, to tagged msgpack bytes; no code is ever stored or run.
 
 Values: None, bool, int, float, str, bytes, list, tuple, dict with str keys, torch.Tensor. Anything else is
-a `TypeError` that says where in the value it sits. Tensors come back on the CPU, bit for bit.
+a `TypeError` that says where in the value it sits. Tensors come back on the CPU, bit for bit, contiguous.
+
+Decoding trusts nothing: bytes that `encode` didn't make end in `BadCache`, whatever they hold.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 from distcache.errors import BadCache
 
 _TUPLE, _TENSOR, _BIG_INT = 1, 2, 3
+MAX_DEPTH = 128  # of nesting; far below where Python's own stack would end
 
 _DTYPE_NAMES = [
     "float64",
@@ -70,32 +73,51 @@ def from_bytes(flat_u8: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> T
     return flat_u8.view(dtype).reshape(shape)
 
 
-def check_plain(value: Any, where: str = "value") -> None:
+def check_plain(value: Any, where: str = "value", depth: int = 0) -> None:
     """TypeError naming the place in `value` that can't travel; None when all of it can."""
     kind = type(value)
-    if value is None or kind in (bool, int, float, str, bytes):
+    if value is None or kind in (bool, int, float, bytes):
         return
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.is_quantized or value.dtype not in DTYPES.values():
-            raise TypeError(
-                f"{where}: expected a dense tensor of a plain dtype, got {value.layout} {value.dtype}. "
-                "Make it dense first: tensor.to_dense() or tensor.dequantize()."
-            )
-        return
-    if kind in (list, tuple):
-        for i, item in enumerate(value):
-            check_plain(item, f"{where}[{i}]")
-        return
-    if kind is dict:
+    if kind is str:
+        _check_text(value, where)
+    elif isinstance(value, Tensor):
+        _check_tensor(value, where)
+    elif kind not in (list, tuple, dict):
+        raise TypeError(
+            f"{where}: cannot send a {kind.__module__}.{kind.__qualname__}. Expected None, bool, int, float, str, "
+            "bytes, list, tuple, dict with str keys, or a torch.Tensor: convert it first."
+        )
+    elif depth == MAX_DEPTH:
+        raise TypeError(f"{where[:80]}…: cannot send a value nested deeper than {MAX_DEPTH}.")
+    elif kind is dict:
         for name, item in value.items():
             if type(name) is not str:
                 raise TypeError(f"{where}: expected str keys in a dict, got {name!r} ({type(name).__name__}).")
-            check_plain(item, f"{where}[{name!r}]")
-        return
-    raise TypeError(
-        f"{where}: cannot send a {kind.__module__}.{kind.__qualname__}. Expected None, bool, int, float, str, "
-        "bytes, list, tuple, dict with str keys, or a torch.Tensor: convert it first."
-    )
+            _check_text(name, where)
+            check_plain(item, f"{where}[{name!r}]", depth + 1)
+    else:
+        for i, item in enumerate(value):
+            check_plain(item, f"{where}[{i}]", depth + 1)
+
+
+def _check_text(text: str, where: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TypeError(f"{where}: cannot send a str that is no valid text: {error}.") from None
+
+
+def _check_tensor(tensor: Tensor, where: str) -> None:
+    dense = tensor.layout is torch.strided and not tensor.is_quantized and tensor.dtype in DTYPES.values()
+    # A subclass that dispatches by itself (DTensor, a quantized weight) has no elements of its own to read.
+    if not dense or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{where}: expected a dense tensor of a plain dtype, got {type(tensor).__name__} of {tensor.layout} "
+            f"{tensor.dtype}. Make it dense first: tensor.to_dense(), dequantize() or full_tensor()."
+        )
+    if tensor.is_meta:
+        raise TypeError(f"{where}: cannot send a tensor on the meta device: it has no elements.")
 
 
 def encode(value: Any) -> bytes:
@@ -117,32 +139,38 @@ def _tag(value: Any) -> Any:
     if kind is tuple:
         return msgspec.msgpack.Ext(_TUPLE, msgspec.msgpack.encode([_tag(item) for item in value]))
     if kind is int and not -(2**63) <= value < 2**64:
-        return msgspec.msgpack.Ext(_BIG_INT, str(value).encode())
+        return msgspec.msgpack.Ext(_BIG_INT, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
     return value
 
 
 def decode(data: bytes) -> Any:
     """The value that `encode` made these bytes of. `BadCache` for bytes it didn't make."""
     try:
-        return msgspec.msgpack.decode(data, ext_hook=_untag)
+        value = msgspec.msgpack.decode(data, ext_hook=_untag)
+        check_plain(value)  # msgpack knows more than we send: timestamps, keys that are no str
+        return value
     except BadCache:
         raise
-    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+        # RuntimeError: too deep a nesting (RecursionError), a shape beyond what torch can address.
         raise BadCache(f"cannot decode {len(data)} bytes: {error}.") from error
 
 
 def _untag(code: int, data: memoryview) -> Any:
     if code == _TUPLE:
-        return tuple(msgspec.msgpack.decode(data, ext_hook=_untag))
+        return tuple(msgspec.msgpack.decode(data, type=list, ext_hook=_untag))
     if code == _BIG_INT:
-        return int(bytes(data).decode())
+        return int.from_bytes(data, "little", signed=True)
     if code == _TENSOR:
         split = 4 + int.from_bytes(data[:4], "little")
         name, shape = msgspec.msgpack.decode(data[4:split], type=tuple[str, list[int]])
-        dtype, body = dtype_named(name), data[split:]
-        if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(body):
+        dtype, body = dtype_named(name), bytearray(data[split:])
+        if len(shape) > MAX_DEPTH or any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(body):
             raise BadCache(f"a tensor of {name} {shape} cannot have {len(body)} bytes.")
-        if not len(body):
+        if not body:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(dtype).reshape(shape)
+        flat_u8 = torch.frombuffer(body, dtype=torch.uint8)
+        if dtype == torch.bool and bool((flat_u8 > 1).any()):
+            raise BadCache("a tensor of bool has bytes that are neither 0 nor 1.")
+        return flat_u8.view(dtype).reshape(shape)
     raise BadCache(f"unknown tag {code} in encoded bytes.")

@@ -343,9 +343,9 @@ class DistributedCache(_Reading):
 
     def share(self, loader: Any) -> Iterator[tuple[Tensor, Any]]:
         """This rank's (index, batch) of a loader, without padding or duplicates: see `distcache.collect.share`."""
-        from distcache import collect  # above this module in the import order, so only when asked
+        from distcache.collect import share  # above this module in the import order, so only when asked
 
-        return collect.share(loader, self.rank, self.world_size)
+        return share(loader, self.rank, self.world_size)
 
     def close(self) -> None:
         """Leave the group; peers that still wait for this rank are told. Not a collective; content can be read on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distcache.errors import DuplicateSamples
+from distcache.errors import BadCache, DuplicateSamples
 
 
 class IntervalSet:
@@ -51,18 +53,16 @@ class IntervalSet:
         return IntervalSet(np.stack([both[starts, 0], reach[np.r_[np.flatnonzero(starts)[1:] - 1, len(both) - 1]]], 1))
 
     def __and__(self, other: IntervalSet) -> IntervalSet:
-        found = []
-        i = j = 0
-        while i < len(self.bounds) and j < len(other.bounds):
-            low = max(self.bounds[i, 0], other.bounds[j, 0])
-            high = min(self.bounds[i, 1], other.bounds[j, 1])
-            if low < high:
-                found.append((low, high))
-            if self.bounds[i, 1] < other.bounds[j, 1]:
-                i += 1
-            else:
-                j += 1
-        return IntervalSet(found)
+        few, many = sorted((self.bounds, other.bounds), key=len)
+        # Each interval of `few` meets those of `many` from `first` up to `last`.
+        first = np.searchsorted(many[:, 1], few[:, 0], side="right")
+        last = np.searchsorted(many[:, 0], few[:, 1], side="left")
+        meets = last - first
+        mine = np.repeat(np.arange(len(few)), meets)
+        theirs = np.arange(len(mine)) - np.repeat(np.cumsum(meets) - meets, meets) + np.repeat(first, meets)
+        low = np.maximum(few[mine, 0], many[theirs, 0])
+        high = np.minimum(few[mine, 1], many[theirs, 1])
+        return IntervalSet(np.stack([low, high], axis=1))
 
     def words(self, limit: int = 4) -> str:
         """`3, 7..9` for messages."""
@@ -73,19 +73,28 @@ class IntervalSet:
 class Ledger:
     """The samples behind reductions, by the set of keys that saw them."""
 
-    __slots__ = ("seen",)
+    __slots__ = ("_seen",)
 
     def __init__(self) -> None:
-        self.seen: dict[frozenset[str], IntervalSet] = {}
+        # Sets that shrink by half or more from one to the next, as in a binary counter: shuffled samples make many
+        # intervals, and one set would be written anew at every `add`.
+        self._seen: dict[frozenset[str], list[IntervalSet]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.seen)
+        return bool(self._seen)
+
+    def seen(self, key: str) -> IntervalSet:
+        """The samples that a key has seen."""
+        sets = [part for keys, parts in self._seen.items() if key in keys for part in parts]
+        return functools.reduce(operator.or_, sets, IntervalSet())
 
     def check(self, keys: frozenset[str], samples: IntervalSet, who: str = "this cache") -> None:
         """`DuplicateSamples` if one of `keys` has seen one of `samples` already."""
-        for held, inside in self.seen.items():
-            shared = held & keys
-            twice = inside & samples if shared else IntervalSet()
+        for held, parts in self._seen.items():
+            shared = keys if held == keys else held & keys
+            if not shared:
+                continue
+            twice = functools.reduce(operator.or_, (part & samples for part in parts))
             if len(twice):
                 raise DuplicateSamples(
                     f"{len(twice)} sample(s) would count twice in {len(shared)} reduction(s) such as {min(shared)!r}: "
@@ -95,43 +104,66 @@ class Ledger:
 
     def add(self, keys: frozenset[str], samples: IntervalSet) -> None:
         """Note samples that `check` has let through."""
-        if keys and len(samples):
-            self.seen[keys] = self.seen.get(keys, IntervalSet()) | samples
+        if not keys or not len(samples):
+            return
+        parts = self._seen.setdefault(keys, [])
+        parts.append(samples)
+        while len(parts) > 1 and 2 * len(parts[-1].bounds) > len(parts[-2].bounds):
+            last = parts.pop()
+            parts[-1] = parts[-1] | last
 
     def check_all(self, other: Ledger, who: str = "this cache") -> None:
         """`check` for everything another ledger holds."""
-        for keys, samples in other.seen.items():
-            self.check(keys, samples, who)
+        for keys, parts in other._seen.items():
+            for samples in parts:
+                self.check(keys, samples, who)
 
     def add_all(self, other: Ledger) -> None:
         """`add` for everything another ledger holds."""
-        for keys, samples in other.seen.items():
-            self.add(keys, samples)
+        for keys, parts in list(other._seen.items()):
+            for samples in list(parts):
+                self.add(keys, samples)
+
+    def forget(self, key: str) -> None:
+        """Take a key out: its state is gone, so nothing that it saw counts any more."""
+        for keys in [keys for keys in self._seen if key in keys]:
+            parts = self._seen.pop(keys)
+            for samples in parts:
+                self.add(keys - {key}, samples)
 
     def copy(self) -> Ledger:
         twin = Ledger()
-        twin.seen = dict(self.seen)
+        twin.add_all(self)
         return twin
 
     def to_plain(self) -> list[Any]:
         """As lists of keys and bounds, for the wire and for manifests."""
-        return [[sorted(keys), samples.bounds.reshape(-1).tolist()] for keys, samples in self.seen.items()]
+        return [
+            [sorted(keys), functools.reduce(operator.or_, parts).bounds.reshape(-1).tolist()]
+            for keys, parts in self._seen.items()
+        ]
 
     @classmethod
     def from_plain(cls, plain: Iterable[Sequence[Any]]) -> Ledger:
+        """The inverse of `to_plain`. `BadCache` for what it didn't make."""
         ledger = cls()
-        for keys, bounds in plain:
-            ledger.seen[frozenset(keys)] = IntervalSet(np.asarray(bounds, dtype=np.int64))
+        try:
+            for keys, flat in plain:
+                samples = IntervalSet(np.asarray(flat, dtype=np.int64))
+                if not all(isinstance(key, str) for key in keys) or (np.diff(samples.bounds.reshape(-1)) <= 0).any():
+                    raise ValueError("expected keys and the rising bounds of intervals")
+                ledger.add(frozenset(keys), samples)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BadCache(f"cannot read which samples were seen: {error}.") from error
         return ledger
 
 
 def samples_of(index: Iterable[int] | Tensor | int) -> Tensor:
-    """An index as an int64 tensor [n]. TypeError for what holds no integers."""
-    if isinstance(index, int):
-        index = [index]
-    samples = torch.as_tensor(index if isinstance(index, (Tensor, np.ndarray)) else list(index)).detach().cpu()
+    """An index as an int64 tensor [n] on the CPU. TypeError for what holds no integers."""
+    given: Any = [index] if isinstance(index, int) else index
+    samples = torch.as_tensor(given if isinstance(given, (Tensor, np.ndarray)) else list(given)).detach().cpu()
     if samples.numel() == 0:
         return torch.empty(0, dtype=torch.int64)
-    if samples.dim() != 1 or samples.dtype.is_floating_point or samples.dtype == torch.bool:
+    if samples.dim() > 1 or samples.dtype.is_floating_point or samples.dtype.is_complex or samples.dtype == torch.bool:
         raise TypeError(f"expected one integer index per sample, [n], got {samples.dtype} {tuple(samples.shape)}.")
-    return samples.to(torch.int64)
+    return samples.to(torch.int64).reshape(-1)

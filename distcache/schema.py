@@ -110,15 +110,13 @@ def strategy_facts(strategy: Strategy) -> str:
 
 
 def strategy_words(facts: str) -> str:
-    """`mean(accumulate=float32)`: what differs from the defaults, for messages."""
+    """`mean(accumulate=float32)`: the parameters that say something, for messages."""
     description = json.loads(facts)
-    defaults = ({}, None, False, "auto")
-    shown = {
-        name: value["dtype"] if isinstance(value, dict) else value
-        for name, value in description["parameters"].items()
-        if value not in defaults
-    }
-    return f"{description['name']}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+    shown = []
+    for name, value in description["parameters"].items():
+        if value is not None and value is not False and value != "auto":
+            shown.append(f"{name}={value['dtype'] if isinstance(value, dict) else value}")
+    return f"{description['name']}({', '.join(shown)})"
 
 
 def union(schemas_by_rank: Sequence[Mapping[str, KeySchema]], content: Mapping[str, KeySchema]) -> dict[str, KeySchema]:

@@ -253,12 +253,13 @@ class Arena:
                 f"cannot fold into {key!r}: its state has {sorted(held)}, the new value brings {sorted(fields)}. "
                 "Give every value of a key a weight, or none."
             )
-        for name, (shape, dtype) in fields.items():
+        dtypes = strategy.accumulators({name: dtype for name, (_, dtype) in fields.items()})
+        for name, (shape, _) in fields.items():
             spec = held[name]
             same = len(shape) == len(spec.shape) and all(
                 m is None or m == n for m, n in zip(spec.shape, shape, strict=True)
             )
-            if not same or dtype_name(dtype) != spec.dtype:
+            if not same or dtype_name(dtypes[name]) != spec.dtype:
                 hint = (
                     ""
                     if entry.strategy.ragged
@@ -266,7 +267,7 @@ class Arena:
                 )
                 raise SchemaMismatch(
                     f"cannot fold into {key!r}: expected {name} of {spec.dtype} "
-                    f"{tuple('*' if n is None else n for n in spec.shape)}, got {dtype_name(dtype)} {shape}.{hint}"
+                    f"{tuple('*' if n is None else n for n in spec.shape)}, got {dtype_name(dtypes[name])} {shape}.{hint}"
                 )
             capacity(strategy, name, shape)  # raises where `size` is exceeded
         if entry.schema.result != dtype_name(result):

@@ -144,6 +144,16 @@ class Fieldwise(Strategy):
         """The state of one contribution, with its samples along dim 0. TypeError if it is no number."""
         return self.lift(*self.samples(value))
 
+    def take_slab(self, value: Value) -> State:
+        """The states of K keys whose values lie side by side in dim 1, value.data [n, K, …]: fields [K, …]."""
+        data = value.data
+        states = [self.take(Value(data[:, k], value.rows, value.columns)) for k in range(data.shape[1])]
+        return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+    def accumulators(self, state: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+        """The dtype in which each field of a state like this one is accumulated: its own, if not said otherwise."""
+        return dict(state)
+
     def samples(self, value: Value) -> tuple[Tensor, Tensor | None]:
         """(value_n [n, …], weight_n [n] or [n, …] or None) of a contribution."""
         data, weight = value.data, value.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +41,10 @@ class AveragePattern(Fieldwise):
         if isinstance(value.data, dict):  # sums that a tap has already made
             return value.data
         return Fieldwise.take(self, value)
+
+    def accumulators(self, state: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+        # A tap brings float32 sums of one pass; they are added to float64.
+        return {"total": self.accumulate or torch.float64, "count": torch.int64}
 
     def ragged_dims(self, field: str, ndim: int) -> tuple[bool, ...]:
         return (True, True) if field == "total" else (True, False)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distcache.strategies.base import MAX, MIN, SUM, Field, Fieldwise, State, corner
+from distcache.strategies.base import MAX, MIN, SUM, Field, Fieldwise, State, Value, corner
 
 
 def _exact(value_n: Tensor) -> Tensor:
@@ -51,6 +51,12 @@ class _Reducing(Fieldwise):
     ragged: bool | tuple[int, ...] = False
     size: int | tuple[int, ...] | None = None
     accumulate: torch.dtype | None = None
+
+    def take_slab(self, value: Value) -> State:
+        # Element by element, so that all keys are one operation; only what has no dims yet is repeated.
+        state = self.take(value)
+        num_keys = value.data.shape[1]
+        return {name: tensor if tensor.dim() else tensor.expand(num_keys) for name, tensor in state.items()}
 
     def _accumulator(self, value_n: Tensor) -> torch.dtype:
         if self.accumulate is not None:

@@ -1,0 +1,285 @@
+"""The loop: deal samples to ranks, run the model, record, merge once, and say how far the cluster is."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from distcache.comm import StoreLost
+from distcache.distributed import DistributedCache
+from distcache.hooks import record
+from distcache.sites import Sites
+
+log = logging.getLogger("distcache")
+
+PLAIN_EVERY_S = 10.0  # between lines of progress where the output is no terminal
+
+
+class Samples(Protocol):
+    """A data set: samples by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+
+def collect(
+    model: nn.Module,
+    data: Samples,
+    sites: Sites,
+    *,
+    batch_size: int,
+    collate: Callable[[list[Any]], Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    columns: Sequence[str] = (),
+    cache: DistributedCache | None = None,
+    progress: bool = True,
+) -> DistributedCache:
+    """Run a model over a data set on every rank and merge once: a collective. Returns the merged cache.
+
+    Batch i holds samples i·batch_size and on and goes to rank i mod world size, so that batches are the same at every
+    world size. Concatenations come out in the samples' order.
+
+    Args:
+        model: called under `torch.no_grad()`; its mode (train, eval) and device stay as they are.
+        data: samples by number, the same on every rank.
+        sites: see `distcache.record`.
+        batch_size: samples in a batch; the last one may be smaller.
+        collate: samples -> batch; by default `pad_and_stack`.
+        forward: `forward(model, batch)` runs a batch; by default `model(**batch)`, on the model's device.
+        columns: fields of the samples that are kept beside rows and not given to the model: numbers, or one per token.
+        cache: accumulate here; by default in a new `DistributedCache()`, which all ranks make.
+        progress: whether rank 0 says how many samples the cluster has done.
+
+    Raises what `record` and `DistributedCache.deferred_mode` raise; TypeError where `data` has no length.
+    """
+    if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"collect expects samples by number, with a length, got {type(data).__name__}. For a loader write the "
+            "loop: for index, batch in cache.share(loader)."
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1, got {batch_size}.")
+    if model.training:
+        log.warning("the model is in training mode, where dropout changes what is recorded: call model.eval() first.")
+    collate, forward = collate or pad_and_stack, forward or run_batch
+    cache = DistributedCache() if cache is None else cache
+    starts = range(cache.rank * batch_size, len(data), cache.world_size * batch_size)
+    with counting(cache, len(data), progress) as done, cache.deferred_mode():
+        with record(model, sites, into=cache) as rec, torch.no_grad():
+            for start in starts:
+                index = range(start, min(start + batch_size, len(data)))
+                samples = [data[i] for i in index]
+                beside = {name: _column(name, [sample[name] for sample in samples]) for name in columns}
+                if columns:
+                    samples = [{k: v for k, v in sample.items() if k not in columns} for sample in samples]
+                rec.next(index=index, **beside)
+                forward(model, collate(samples))
+                done(len(index))
+            done(0)
+    return cache
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """`model(**batch)`, `model(*batch)` or `model(batch)`, with tensors moved to the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def moved(x: Any) -> Any:
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    if isinstance(batch, Mapping):
+        return model(**{name: moved(x) for name, x in batch.items()})
+    if isinstance(batch, (tuple, list)):
+        return model(*map(moved, batch))
+    return model(moved(batch))
+
+
+def pad_and_stack(samples: Sequence[Any]) -> Any:
+    """A batch of samples: token ids of different lengths are padded with 0 on the right and get an `attention_mask`.
+
+    A sample is a mapping with `input_ids`, or the ids alone, as a list or a tensor [S]; of a mapping's other fields,
+    integers [S] are padded alike and the rest stacked. Any other sample: what torch's `default_collate` makes of it.
+    """
+    if not all(isinstance(sample, Mapping) for sample in samples):
+        if all(_is_ids(sample) for sample in samples):
+            return pad_and_stack([{"input_ids": sample} for sample in samples])
+        return default_collate(list(samples))
+    batch = {}
+    for name in samples[0]:
+        fields = [sample[name] for sample in samples]
+        batch[name] = _padded(fields) if all(map(_is_ids, fields)) else default_collate(fields)
+    if "input_ids" in batch and "attention_mask" not in batch:
+        batch["attention_mask"] = _padded([[1] * len(sample["input_ids"]) for sample in samples])
+    return batch
+
+
+def _is_ids(field: Any) -> bool:
+    if isinstance(field, Tensor):
+        return field.dim() == 1 and not field.is_floating_point()
+    return isinstance(field, (list, tuple)) and all(isinstance(item, int) for item in field)
+
+
+def _padded(rows: Sequence[Any]) -> Tensor:
+    return nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
+
+
+def _column(name: str, values: list[Any]) -> Tensor:
+    try:
+        if all(map(_is_ids, values)):
+            return _padded(values)
+        return torch.stack([torch.as_tensor(value) for value in values])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"column {name!r}: expected a number per sample, or a list of them per token, got {values[0]!r}: {error}. "
+            "Number words and labels first."
+        ) from error
+
+
+# -- dealing ---------------------------------------------------------------------------------------------------
+
+
+def share(loader: Any, rank: int, world_size: int) -> Iterator[tuple[Tensor, Any]]:
+    """(index, batch) of every batch that falls to a rank: batch i to rank i mod world size. Not a collective.
+
+    `loader`: a DataLoader over a data set with a length, of which only this rank's samples are read; or anything sized
+    that gives batches, which is read whole. `index`: int64 [B], the samples' numbers. A DataLoader that shuffles is
+    read in order, because every rank would shuffle in its own way; any other order must be the same on every rank.
+
+    TypeError for what has no length; ValueError for a loader that deals samples itself.
+    """
+    if isinstance(loader, DataLoader):
+        return _share_loader(loader, rank, world_size)
+    if not isinstance(loader, Sized):
+        raise TypeError(f"share expects a DataLoader or a sized iterable of batches, got {type(loader).__name__}.")
+    return _share_batches(loader, rank, world_size)
+
+
+def _share_loader(loader: DataLoader[Any], rank: int, world_size: int) -> Iterator[tuple[Tensor, Any]]:
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        raise TypeError(
+            "share needs a DataLoader that makes batches of numbered samples: a map-style data set and a batch_size."
+        )
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        raise ValueError(
+            "the loader's DistributedSampler deals samples itself and repeats some to make shares equal: leave it out, "
+            "share() deals without padding."
+        )
+    batches: Any = loader.batch_sampler
+    if isinstance(sampler, RandomSampler):
+        batches = BatchSampler(SequentialSampler(loader.dataset), loader.batch_size or 1, loader.drop_last)  # type: ignore
+    own = list(batches)[rank::world_size]
+    part = DataLoader(
+        loader.dataset,
+        batch_sampler=own,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
+    return ((torch.tensor(index, dtype=torch.int64), batch) for index, batch in zip(own, part, strict=True))
+
+
+def _share_batches(batches: Any, rank: int, world_size: int) -> Iterator[tuple[Tensor, Any]]:
+    start = 0
+    for i, batch in enumerate(batches):
+        stop = start + _num_samples(batch)
+        if i % world_size == rank:
+            yield torch.arange(start, stop), batch
+        start = stop
+
+
+def _num_samples(batch: Any) -> int:
+    """The length of the first tensor or list in a batch."""
+    if isinstance(batch, Mapping):
+        return _num_samples(next(iter(batch.values())))
+    if isinstance(batch, (tuple, list)) and len(batch) and isinstance(batch[0], (Tensor, Mapping)):
+        return _num_samples(batch[0])
+    return len(batch)
+
+
+# -- progress --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def counting(cache: DistributedCache, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Gives a function that counts samples done; rank 0 shows the cluster's count, until all have merged.
+
+    The count goes through the store, a call every half second at most; `done(0)` tells what is left. Losing the store
+    never ends a run here.
+    """
+    store, key = cache._comm.store, f"{cache._attempt}/done"
+    waiting, told = 0, time.monotonic()
+
+    def done(num_samples: int) -> None:
+        nonlocal waiting, told
+        waiting += num_samples
+        if waiting and (num_samples == 0 or time.monotonic() - told > 0.5):
+            with contextlib.suppress(StoreLost):
+                store.add(key, waiting)
+            waiting, told = 0, time.monotonic()
+
+    if not shown or cache.rank != 0:
+        yield done
+        return
+    stop = threading.Event()
+    show = _show_bar if sys.stderr.isatty() else _show_lines
+
+    def count() -> int:
+        return store.add(key, 0)
+
+    thread = threading.Thread(target=show, args=(count, total, stop), name="distcache-progress", daemon=True)
+    thread.start()
+    try:
+        yield done
+    finally:
+        stop.set()
+        thread.join(5)
+        with contextlib.suppress(StoreLost):
+            store.delete(key)
+
+
+def _show_lines(count: Callable[[], int], total: int, stop: threading.Event) -> None:
+    started = time.monotonic()
+    with contextlib.suppress(StoreLost):
+        while not stop.wait(PLAIN_EVERY_S):
+            _line(count(), total, started)
+        _line(count(), total, started)
+
+
+def _line(count: int, total: int, started: float) -> None:
+    seconds = time.monotonic() - started
+    rate = f"{count} of {total} samples in {seconds:.0f} s, {count / seconds:.1f}/s"
+    print(f"distcache: {rate}", file=sys.stderr, flush=True)
+
+
+def _show_bar(count: Callable[[], int], total: int, stop: threading.Event) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with contextlib.suppress(StoreLost), Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("samples", total=total)
+        while not stop.wait(0.2):
+            bar.update(task, completed=count())
+        bar.update(task, completed=count())
