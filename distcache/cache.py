@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -694,14 +694,22 @@ class ActivationCache:
         return self if self._pending is None else self._pending
 
     def _take_pass(
-        self, slabs: Iterable[Slab], shown: Iterable[Shown], num_samples: int, samples: Tensor | None, raw: bool
+        self,
+        slabs: Sequence[Slab],
+        shown: Sequence[Shown],
+        order: Iterable[str],
+        num_samples: int,
+        samples: Tensor | None,
+        raw: bool,
     ) -> None:
         """Fold what one forward pass has shown: all or nothing.
 
-        `samples`: the samples' indices, int64 [B], if they have any. `raw`: values without a strategy stay values, so
-        that the cache they are merged into decides.
+        `order`: of new keys, which need not all have been shown. `samples`: the samples' indices, int64 [B], if they
+        have any. `raw`: values without a strategy stay values, so that the cache they are merged into decides.
         """
         join = _Join(samples=None if samples is None else IntervalSet.of(samples))
+        there = {key for slab in slabs for key in slab.keys}.union(one.key for one in shown)
+        join.order = dict.fromkeys(key for key in order if key in there)
         keys: list[str] = []
         for slab in slabs:
             keys.extend(slab.keys)
@@ -720,9 +728,11 @@ class ActivationCache:
             self._ledger.check(join.reduced_keys, join.samples)
         self._apply(join)
         for one in values:
-            entry = self._entries.setdefault(one.key, RawEntry([]))
-            assert isinstance(entry, RawEntry)
-            entry.values.append(one.value)
+            entry = self._entries[one.key]
+            if isinstance(entry, RawEntry):
+                entry.values.append(one.value)
+            else:  # the place that `order` has kept for a new key
+                self._entries[one.key] = RawEntry([one.value])
         if samples is None:
             self._num_samples += num_samples
 

@@ -8,10 +8,14 @@ the ranks it was given, so that a merge that fails never puts the model's own co
 from __future__ import annotations
 
 import abc
+import atexit
 import contextlib
+import hashlib
 import logging
 import os
 import queue
+import signal
+import socket
 import threading
 import time
 import weakref
@@ -25,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distcache.errors import PeerFailed
+
 log = logging.getLogger("distcache")
 
 ProcessGroup = dist.ProcessGroup
@@ -34,6 +40,7 @@ Poll = Callable[[], None]
 """Called while a rank waits; raises to stop the waiting."""
 
 IN_FLIGHT = 4  # collectives at a time; gloo runs two at once and queues the rest
+FAREWELL_S = 2.0  # what leaving may take at the end of a process whose store doesn't answer any more
 
 
 class StoreLost(RuntimeError):
@@ -42,6 +49,27 @@ class StoreLost(RuntimeError):
 
 class CommFailed(RuntimeError):
     """A collective failed or made no progress; the private groups are spent and must be made anew."""
+
+
+@contextlib.contextmanager
+def held_interrupts() -> Iterator[Poll]:
+    """Ctrl-C waits until the function this yields is called, or the end: never between lines that belong together."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield lambda: None
+        return
+    caught: list[tuple[int, Any]] = []
+
+    def let_through() -> None:
+        if caught:
+            before(*caught.pop())
+
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield let_through
+    finally:
+        signal.signal(signal.SIGINT, before)
+        let_through()
 
 
 # -- the store -------------------------------------------------------------------------------------------------
@@ -94,18 +122,21 @@ class LocalStore(DecisionStore):
 
 
 class TorchStore(DecisionStore):
-    """A torch store under a prefix. A thread of its own makes the calls, because a call to a stopped server
-    would not come back.
+    """A torch store, under a prefix. A thread of its own makes the calls, because a call to a stopped server would
+    not come back; on a connection of its own, because a connection serves one call at a time and somebody else's
+    may wait for minutes (a new group's does).
     """
 
-    def __init__(self, store: dist.Store, limit_s: float) -> None:
-        self._store = store
+    _ABSENT = "?"  # nobody's value
+
+    def __init__(self, store: dist.Store, limit_s: float, prefix: str = "") -> None:
+        self.prefix = prefix
         self._limit_s = limit_s
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None] = queue.SimpleQueue()
         self._lost: str | None = None
-        thread = threading.Thread(target=_serve, args=(self._calls,), name="distcache-store", daemon=True)
-        thread.start()
+        threading.Thread(target=_serve, args=(self._calls,), name="distcache-store", daemon=True).start()
         weakref.finalize(self, self._calls.put, None)
+        self._store: Any = self._call(lambda: _own_connection(store))
 
     def _call(self, call: Callable[[], Any]) -> Any:
         if self._lost is not None:
@@ -121,21 +152,23 @@ class TorchStore(DecisionStore):
         return answer.value
 
     def set(self, key: str, value: bytes) -> None:
-        self._call(lambda: self._store.set(key, value))
+        self._call(lambda: self._store.set(self.prefix + key, value))
 
     def get(self, key: str) -> bytes | None:
-        return self._call(lambda: self._store.get(key) if self._store.check([key]) else None)
+        # Not check and get: get waits for minutes where the key is deleted in between. A compare-and-set that
+        # would change nothing reads in one round trip.
+        found = bytes(self._call(lambda: self._store.compare_set(self.prefix + key, self._ABSENT, self._ABSENT)))
+        return None if found == self._ABSENT.encode() else found
 
     def add(self, key: str, amount: int) -> int:
-        return int(self._call(lambda: self._store.add(key, amount)))
+        return int(self._call(lambda: self._store.add(self.prefix + key, amount)))
 
     def decide(self, key: str, value: bytes) -> bytes:
         # torch's compare_set returns the value that stands, ours or an earlier one.
-        found = self._call(lambda: self._store.compare_set(key, "", value.decode()))
-        return bytes(found)
+        return bytes(self._call(lambda: self._store.compare_set(self.prefix + key, "", value.decode())))
 
     def delete(self, key: str) -> None:
-        self._call(lambda: self._store.delete_key(key))
+        self._call(lambda: self._store.delete_key(self.prefix + key))
 
 
 class _Answer:
@@ -155,10 +188,52 @@ def _serve(calls: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None]) -
         except Exception as error:
             answer.error = error
         answer.ready.set()
+        del item, call, answer  # not kept until the next call comes
+
+
+def _own_connection(store: dist.Store) -> dist.Store:
+    try:
+        return store.clone()  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # an older torch, or a store written in Python
+        return store
 
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+
+
+def meet(store: DecisionStore, ranks: Sequence[int], me: int, timeout_s: float) -> int:
+    """The number of this meeting of `ranks`, the same on each of them: a collective in the store.
+
+    A meeting that a rank gave up is passed over by all, so that a repeated constructor finds its peers again.
+    `PeerFailed` naming the ranks that have not come within `timeout_s`.
+    """
+    while True:
+        # As a rank's calls are collectives, all count alike, but for meetings that were given up.
+        number = store.add(f"met/{me}", 1)
+        if store.get(f"{number}/meeting") != b"given up":
+            break
+    if store.add(f"{number}/came", 1) == len(ranks):
+        store.decide(f"{number}/meeting", b"complete")
+    deadline = time.monotonic() + timeout_s
+    nap_s = 0.0002
+    while (outcome := store.get(f"{number}/meeting")) is None:
+        if time.monotonic() > deadline:
+            outcome = store.decide(f"{number}/meeting", b"given up")
+            break
+        time.sleep(nap_s)
+        nap_s = min(nap_s * 1.3, 0.02)
+    if outcome != b"complete":
+        absent = [rank for i, rank in enumerate(ranks) if int(store.get(f"met/{i}") or 0) < number]
+        who = f"rank(s) {absent} of the job did not come" if absent else "a rank came too late for another that waited"
+        raise PeerFailed(
+            f"{who} within {timeout_s:g} s: making a DistributedCache and rejoining are collectives over ranks "
+            f"{list(ranks)}. Call it on all of them, or give it a longer timeout_s."
+        )
+    if me == 0:
+        for key in (f"{number}/came", f"{number - 1}/came", f"{number - 1}/meeting"):
+            store.delete(key)
+    return number
 
 
 # -- signs of life ---------------------------------------------------------------------------------------------
@@ -167,44 +242,53 @@ def _one_line(error: BaseException) -> str:
 class Heart:
     """Beats in the store so that peers can tell a slow rank from a dead one, and watches for a decision.
 
-    A daemon thread: it beats while the main thread computes, and stops with the process.
+    A daemon thread: it beats while the main thread computes. Stopped, or at the end of the process, its last
+    beat says that the rank has left, so that nobody waits for it.
     """
 
-    def __init__(self, store: DecisionStore, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(self, store: DecisionStore, rank: int, timeout_s: float) -> None:
         self.interval_s = min(1.0, timeout_s / 10)
         self.rank = rank
-        self.world_size = world_size
         self._store = store
         self._watched: str | None = None
-        self.decision: bytes | None = None
+        self._found: tuple[str, bytes] | None = None
         self._stop = threading.Event()
         self._peers: dict[int, tuple[bytes | None, float]] = {}
         self._thread = threading.Thread(target=self._beat, name="distcache-heart", daemon=True)
         self._thread.start()
+        _hearts.add(self)
 
     def _beat(self) -> None:
         beats = 0
-        while not self._stop.is_set():
-            try:
+        with contextlib.suppress(StoreLost):  # whoever needs the store next finds out by itself
+            while not self._stop.is_set():
                 beats += 1
                 self._store.set(f"heart/{self.rank}", str(beats).encode())
                 watched = self._watched
                 if watched is not None and self.decision is None:
                     found = self._store.get(watched)
-                    if found is not None and watched == self._watched:
-                        self.decision = found
-            except StoreLost:
-                return  # whoever needs the store next finds out by itself
-            self._stop.wait(self.interval_s)
+                    if found is not None:
+                        self._found = (watched, found)
+                self._stop.wait(self.interval_s)
+            self._store.set(f"heart/{self.rank}", b"left")
 
-    def watch(self, key: str | None) -> None:
+    def watch(self, key: str) -> None:
         """Look for this decision from now on; `decision` holds it once somebody made it."""
-        self._watched, self.decision = key, None
+        self._watched = key
+
+    @property
+    def decision(self) -> bytes | None:
+        """The decision under the watched key, as far as this rank's heart has seen it."""
+        found = self._found
+        return found[1] if found is not None and found[0] == self._watched else None
 
     def silent_s(self, peer: int) -> float:
-        """Seconds since this rank last saw the peer's heart move; the first look counts as a sign of life."""
-        now = time.monotonic()
+        """Seconds since this rank last saw the peer's heart move; the first look counts as a sign of life.
+
+        Infinite where the peer has left.
+        """
         beat = self._store.get(f"heart/{peer}")
+        now = time.monotonic()
         if beat == b"left":
             return float("inf")
         known = self._peers.get(peer)
@@ -214,13 +298,25 @@ class Heart:
         return now - known[1]
 
     def stop(self) -> None:
-        """Stop, and say that this rank has left, so that nobody waits for it."""
-        if self._stop.is_set():
-            return
+        """Leave with the next beat. Doesn't wait: it may be called from anywhere, by the garbage collector too."""
         self._stop.set()
-        self._thread.join(5 * self.interval_s)
-        with contextlib.suppress(StoreLost):
-            self._store.set(f"heart/{self.rank}", b"left")
+
+    def join(self, limit_s: float) -> None:
+        """Wait until this rank's last beat is in the store."""
+        self._thread.join(limit_s)
+
+
+_hearts: weakref.WeakSet[Heart] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    """Peers are told that this process ends, and no thread of ours runs into the interpreter's end."""
+    deadline = time.monotonic() + FAREWELL_S
+    for heart in list(_hearts):
+        heart.stop()
+    for heart in list(_hearts):
+        heart.join(max(0.0, deadline - time.monotonic()))
 
 
 # -- communicators ---------------------------------------------------------------------------------------------
@@ -241,14 +337,31 @@ class Transfer:
 
 
 class Communicator(abc.ABC):
-    """What the merge needs of other ranks. Every method but `close` is a collective over the group."""
+    """What the merge needs of other ranks. Every method but `close` is a collective over the group.
+
+    Attributes:
+        ranks: the group's ranks as the job numbers them; `rank` is this one's place among them.
+        colocated: the places of the ranks that share this host's memory, this one among them.
+        broken: the private groups are spent: `rebuild` before anything else moves.
+    """
 
     rank: int
-    world_size: int
+    ranks: tuple[int, ...]
+    colocated: tuple[int, ...]
     timeout_s: float
     store: DecisionStore
     heart: Heart | None = None
     broken: bool = False
+    closed: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return len(self.ranks)
+
+    def name(self, rank: int) -> str:
+        """`rank 1`, and what the job calls it where that differs."""
+        known = self.ranks[rank]
+        return f"rank {rank}" if known == rank else f"rank {rank} of the group (rank {known} of the job)"
 
     @abc.abstractmethod
     def gather(self, row: Sequence[int], poll: Poll) -> list[list[int]]:
@@ -279,7 +392,8 @@ class LocalComm(Communicator):
     """One process: every collective is the identity."""
 
     def __init__(self, timeout_s: float = 120) -> None:
-        self.rank, self.world_size, self.timeout_s = 0, 1, timeout_s
+        self.rank, self.ranks, self.colocated = 0, (0,), (0,)
+        self.timeout_s = timeout_s
         self.store = LocalStore()
 
     def gather(self, row: Sequence[int], poll: Poll) -> list[list[int]]:
@@ -293,66 +407,74 @@ class LocalComm(Communicator):
             assert transfer.buffer.is_contiguous()
 
     def rebuild(self, generation: str) -> None:
-        return
+        self.broken = False
 
     def close(self) -> None:
-        return
+        self.closed = True
 
 
 class TorchComm(Communicator):
     """Private process groups over a torch store: gloo for CPU tensors, NCCL for CUDA ones where it's there.
 
-    The constructor is a collective over `ranks`, within `timeout_s`. `RuntimeError` where the store can't
-    compare and set (torch's FileStore can't).
+    The constructor is a collective over `ranks`, within `timeout_s`: `PeerFailed` where a rank doesn't come,
+    ValueError where the store can't compare and set (torch's FileStore once couldn't).
     """
 
     def __init__(
         self, store: dist.Store, ranks: Sequence[int], rank: int, timeout_s: float, nccl: bool = False
     ) -> None:
-        self.rank, self.world_size, self.timeout_s = rank, len(ranks), timeout_s
-        # Each rank counts its own constructor calls over these ranks; as they are collectives, all count alike.
-        name = f"distcache/{'.'.join(map(str, ranks))}"
-        number = store.add(f"{name}/made/{rank}", 1)
-        self._base = dist.PrefixStore(f"{name}/{number}", store)
-        self._nccl = nccl
-        self._parked: list[tuple[Any, list[Any], list[Any]]] = []
-        self.store = TorchStore(dist.PrefixStore("decide", self._base), timeout_s)
+        self.rank, self.ranks, self.timeout_s = rank, tuple(ranks), timeout_s
+        name = f"distcache/{hashlib.blake2b(repr(self.ranks).encode(), digest_size=8).hexdigest()}"
+        self.store = TorchStore(store, timeout_s, f"{name}/")
         try:
             self.store.decide("able", b"yes")
         except StoreLost as error:
-            raise RuntimeError(
+            raise ValueError(
                 f"the store of this job ({type(store).__name__}) cannot be used: {error}. Pass one that can compare "
                 "and set, such as torch's TCPStore, or run under torchrun, whose agent keeps one."
             ) from error
-        self._open("0")
-        self.heart = Heart(self.store, rank, self.world_size, timeout_s)
-        self._leave = weakref.finalize(self, Heart.stop, self.heart)
+        number = meet(self.store, self.ranks, rank, timeout_s)
+        self.store.prefix = f"{name}/{number}/"
+        self._base = dist.PrefixStore(f"{name}/{number}", store)
+        self._nccl = nccl
+        try:
+            self._open("0")
+            host = int.from_bytes(hashlib.blake2b(socket.gethostname().encode(), digest_size=7).digest(), "little")
+            hosts = self.gather([host], lambda: None)
+        except (CommFailed, *_COMM_ERRORS) as error:
+            raise PeerFailed(
+                f"all ranks of {list(ranks)} came, but not all could connect: {_one_line(error)}"
+            ) from error
+        self.colocated = tuple(peer for peer, theirs in enumerate(hosts) if theirs == [host])
+        self.heart = Heart(self.store, rank, timeout_s)
+        weakref.finalize(self, self.heart.stop).atexit = False  # _leave_all does it then
 
     def _open(self, generation: str) -> None:
         limit = timedelta(seconds=self.timeout_s)
         store = dist.PrefixStore(f"group/{generation}", self._base)
-        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self.rank, self.world_size, limit)
+        self._gloo: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), self.rank, self.world_size, limit)
         self._device_group: Any = None
         if self._nccl:
-            # The default is to end the process when a collective times out; a merge wants an error instead.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = limit
-            self._device_group = dist.ProcessGroupNCCL(
-                dist.PrefixStore("nccl", store), self.rank, self.world_size, options
-            )
+            with _errors_not_exits():
+                self._device_group = dist.ProcessGroupNCCL(
+                    dist.PrefixStore("nccl", store), self.rank, self.world_size, options
+                )
         self.broken = False
 
     def rebuild(self, generation: str) -> None:
-        self._parked.append(((self._gloo, self._device_group), [], []))  # its destructor would wait for its operations
         try:
             self._open(generation)
-        except RuntimeError as error:
+        except _COMM_ERRORS as error:
             self.broken = True
             raise CommFailed(f"could not connect to all ranks again: {_one_line(error)}") from error
 
     def close(self) -> None:
-        self._leave()
+        if not self.closed and self.heart is not None:
+            self.closed = True
+            self.heart.stop()
+            self.heart.join(FAREWELL_S)
 
     def gather(self, row: Sequence[int], poll: Poll) -> list[list[int]]:
         mine = torch.tensor(row, dtype=torch.int64)
@@ -396,7 +518,7 @@ class TorchComm(Communicator):
             spread = dist.BroadcastOptions()
             spread.rootRank, spread.rootTensor = transfer.root or 0, 0
             return lambda: group.broadcast([buffer], spread)
-        reduction = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[transfer.op]
+        reduction: Any = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[transfer.op]
         if transfer.root is not None:
             onto = dist.ReduceOptions()
             onto.reduceOp, onto.rootRank, onto.rootTensor = reduction, transfer.root, 0
@@ -407,51 +529,81 @@ class TorchComm(Communicator):
 
     def _await(self, starts: deque[Callable[[], Any]], kept: list[Any], poll: Poll) -> None:
         flying: deque[Any] = deque()
-        progress = time.monotonic()
-        nap_s, polled = 0.0, progress
+        progress = polled = time.monotonic()
+        nap_s = 0.0
         try:
-            while starts or flying:
-                while starts and len(flying) < IN_FLIGHT:
-                    flying.append(starts.popleft()())
-                    progress = time.monotonic()
-                if flying[0].is_completed():
-                    flying.popleft().wait()  # raises what went wrong
-                    progress, nap_s = time.monotonic(), 0.0
-                    continue
-                now = time.monotonic()
-                if now - progress > self.timeout_s:
-                    raise CommFailed(f"no progress for {self.timeout_s:g} s with all ranks there")
-                if now - polled > 0.02:
-                    polled = now
-                    poll()
-                time.sleep(nap_s)
-                nap_s = min(0.002, nap_s + 0.00002)
+            with held_interrupts() as let_through:
+                while starts or flying:
+                    while starts and len(flying) < IN_FLIGHT:
+                        flying.append(starts.popleft()())
+                        progress = time.monotonic()
+                    if flying[0].is_completed():
+                        flying.popleft().wait()  # raises what went wrong
+                        progress, nap_s = time.monotonic(), 0.0
+                        continue
+                    now = time.monotonic()
+                    if now - progress > self.timeout_s:
+                        raise CommFailed(f"no progress for {self.timeout_s:g} s with all ranks there")
+                    if now - polled > 0.02:
+                        polled = now
+                        let_through()
+                        poll()
+                    time.sleep(nap_s)
+                    nap_s = min(0.002, nap_s + 0.00002)
         except BaseException as error:
-            # Operations may still write: buffers and group are parked until the process forgets them.
             self.broken = True
-            self._parked.append((self._gloo, list(flying), kept))
-            if isinstance(error, RuntimeError) and not isinstance(error, CommFailed) and type(error) in _COMM_ERRORS:
+            groups = (self._gloo, self._device_group)
+            # Operations may still write to their buffers, and gloo's group waits for them in its destructor, which
+            # would hold up a process that wants to end: a thread of their own outlives both.
+            arguments = (list(flying), groups, kept)
+            threading.Thread(target=_outlive, args=arguments, name="distcache-outlive", daemon=True).start()
+            if type(error) in _COMM_ERRORS:
                 raise CommFailed(_one_line(error)) from error
             raise
 
 
-_COMM_ERRORS = {
-    RuntimeError,
-    dist.DistError,
-    dist.DistBackendError,
-    dist.DistNetworkError,
-    dist.DistStoreError,
-}
+_COMM_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+
+
+def _outlive(works: list[Any], groups: tuple[Any, Any], kept: list[Any]) -> None:
+    """Keep what operations use until they have ended."""
+    _, device_group = groups
+    if device_group is not None:
+        with contextlib.suppress(Exception):
+            device_group.abort()  # a kernel that waits for a lost peer would keep its GPU busy for ever
+    while not all(work.is_completed() for work in works):
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _errors_not_exits() -> Iterator[None]:
+    """NCCL's default is to end the process when a collective times out; a merge wants an error instead.
+
+    The group reads it when it's made; the model's own groups are none of our business.
+    """
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(name)
+    os.environ[name] = before or "2"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def open_comm(
     group: dist.ProcessGroup | None = None, store: dist.Store | None = None, timeout_s: float = 120
 ) -> Communicator:
-    """A communicator over a group, over all ranks, or for this process alone. A collective over the group."""
+    """A communicator over a group, over all ranks, or for this process alone. A collective over the group.
+
+    ValueError for a process that isn't in the group.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         if group is not None:
             raise ValueError("a group was given, but torch.distributed is not initialised: enter dc.init() first.")
         return LocalComm(timeout_s)
+    if group is not None and not isinstance(group, ProcessGroup):  # what new_group gives to ranks it leaves out
+        raise ValueError(f"rank {dist.get_rank()} is not in the group: make the cache on its ranks only.")
     ranks = dist.get_process_group_ranks(group) if group is not None else list(range(dist.get_world_size()))
     if dist.get_rank() not in ranks:
         raise ValueError(f"rank {dist.get_rank()} is not in the group {ranks}: make the cache on its ranks only.")
@@ -493,5 +645,21 @@ def init(timeout_s: float = 600) -> Iterator[Job]:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         yield Job(dist.get_rank(), dist.get_world_size(), device)
+        _see_off()
     finally:
         dist.destroy_process_group()
+
+
+def _see_off() -> None:
+    """Where rank 0 keeps the store (no torchrun, whose agent does), it stays until the others have read the last
+    decision and left, for a few seconds at most: a store that is gone would leave them in doubt.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    store = dist.distributed_c10d._get_default_store()
+    deadline = time.monotonic() + 5 * FAREWELL_S
+    with contextlib.suppress(RuntimeError):
+        gone = store.add("distcache/gone", 1)
+        while dist.get_rank() == 0 and gone < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.01)
+            gone = store.add("distcache/gone", 0)

@@ -111,6 +111,7 @@ class _Recorder:
         self.into = into
         self.selectors = {id(target): as_selector(target.site.tokens, target.where) for target in targets}
         everything: list[Target | AttentionTarget] = [*targets, *attention]
+        self.order = [key for target in everything for key in target.all_keys()]
         self.expected = [target for target in everything if not target.site.optional]
         self.batch: Batch | None = None
         self.slabs: list[Slab] = []
@@ -280,7 +281,8 @@ class _Recorder:
                 "Site(…, optional=True) to those that may be left out."
             )
         indexed = batch.samples if batch.indexed else None
-        self._sink()._take_pass(self.slabs, self.shown, batch.num_samples, indexed, raw=self.into is None)
+        raw = self.into is None
+        self._sink()._take_pass(self.slabs, self.shown, self.order, batch.num_samples, indexed, raw)
         self.slabs, self.shown, self.used = [], [], True
 
     def _sink(self) -> ActivationCache:

@@ -431,31 +431,28 @@ def _collect(cache: ActivationCache, writer: _Writer) -> dict[str, Any]:
     arena = cache._arena
     for key in cache:
         entry = cache._resolved(key)
-        try:
-            key.encode()
-            if entry is REDUCED:
-                held, room = arena.entries[key], arena.capacities(key)
-                fields = tuple((f.name, f.dtype, room[f.name]) for f in held.schema.fields)
-                number, keys = alike.setdefault((held.strategy, held.schema.result, fields), (len(alike), []))
-                entries.append(Reduced(key, number, len(keys)))
-                keys.append(key)
-            elif isinstance(entry, KeptEntry) and isinstance(entry.state, Rows):
-                entries.append(Concatenated(key, *writer.rows(entry.state), _text(entry.strategy, texts)))
-            elif isinstance(entry, KeptEntry) and not isinstance(entry.strategy, Function):
-                values = tuple(writer.value(key, value) for value in entry.state)
-                entries.append(Listed(key, values, _text(entry.strategy, texts)))
-            elif isinstance(entry, KeptEntry):  # what a function made is a value like any other
-                value = Value(entry.strategy.finalize(entry.state))
-                entries.append(Listed(key, (writer.value(key, value),)))
+        codec.check_plain(key, f"cannot save {key!r}")
+        if entry is REDUCED:
+            held, room = arena.entries[key], arena.capacities(key)
+            fields = tuple((f.name, f.dtype, room[f.name]) for f in held.schema.fields)
+            number, keys = alike.setdefault((held.strategy, held.schema.result, fields), (len(alike), []))
+            entries.append(Reduced(key, number, len(keys)))
+            keys.append(key)
+        elif isinstance(entry, KeptEntry) and isinstance(entry.state, Rows):
+            entries.append(Concatenated(key, *writer.rows(entry.state), _text(entry.strategy, texts)))
+        elif isinstance(entry, KeptEntry) and not isinstance(entry.strategy, Function):
+            values = tuple(writer.value(key, value) for value in entry.state)
+            entries.append(Listed(key, values, _text(entry.strategy, texts)))
+        elif isinstance(entry, KeptEntry):  # what a function made is a value like any other
+            value = Value(entry.strategy.finalize(entry.state))
+            entries.append(Listed(key, (writer.value(key, value),)))
+        else:
+            assert isinstance(entry, RawEntry)
+            if len(entry.values) > 1 and all(_is_row_tensor(value) for value in entry.values):
+                rows = Rows(Piece(value.data, value.columns) for value in entry.values)
+                entries.append(Concatenated(key, *writer.rows(rows)))
             else:
-                assert isinstance(entry, RawEntry)
-                if len(entry.values) > 1 and all(_is_row_tensor(value) for value in entry.values):
-                    rows = Rows(Piece(value.data, value.columns) for value in entry.values)
-                    entries.append(Concatenated(key, *writer.rows(rows)))
-                else:
-                    entries.append(Listed(key, tuple(writer.value(key, value) for value in entry.values)))
-        except UnicodeEncodeError as error:
-            raise ValueError(f"cannot save {key!r}: its text is no UTF-8 ({error}). Rename or clean it.") from error
+                entries.append(Listed(key, tuple(writer.value(key, value) for value in entry.values)))
     groups = []
     for (strategy, result, fields), (_, keys) in alike.items():
         stacked = {

@@ -54,8 +54,9 @@ def register_strategy(name: str, cls: type[Strategy]) -> None:
         raise TypeError(f"expected a subclass of Fieldwise, Rowwise or Listwise, got {cls!r}.")
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"{cls.__name__} must be a dataclass, so that ranks can compare its parameters.")
-    if _BY_NAME.get(name, cls) is not cls:
-        raise ValueError(f"the strategy name {name!r} is taken by {_BY_NAME[name].__name__}: choose another.")
+    taken = Function if name == "function" else _BY_NAME.get(name, cls)
+    if taken is not cls:
+        raise ValueError(f"the strategy name {name!r} is taken by {taken.__name__}: choose another.")
     _BY_NAME[name] = cls
 
 
@@ -99,7 +100,10 @@ def describe(strategy: Strategy) -> dict[str, Any]:
 
 
 def described(description: Mapping[str, Any]) -> Strategy:
-    """The strategy that `describe` described. ValueError for a name that isn't registered; never imports anything."""
+    """The strategy that `describe` described; never imports anything.
+
+    ValueError for a name that isn't registered, or that takes other parameters.
+    """
     name, given = description["name"], description["parameters"]
     if name not in _BY_NAME:
         raise ValueError(f"unknown strategy {name!r}: register it first, dc.register_strategy({name!r}, …).")
@@ -108,7 +112,10 @@ def described(description: Mapping[str, Any]) -> Strategy:
         if isinstance(value, dict) and set(value) == {"dtype"}:
             value = dtype_named(value["dtype"])
         parameters[field] = tuple(value) if isinstance(value, list) else value
-    return _BY_NAME[name](**parameters)
+    try:
+        return _BY_NAME[name](**parameters)
+    except TypeError as error:
+        raise ValueError(f"the strategy {name!r} cannot be made of {parameters}: {error}.") from error
 
 
 __all__ = [

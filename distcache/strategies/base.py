@@ -5,6 +5,8 @@ Three abstract kinds, by what their state is and so by how it crosses the cluste
     Fieldwise   a few tensors of a fixed shape, each with a reduction: one all_reduce per segment
     Rowwise     rows that are kept: exactly their bytes move
     Listwise    whole values that are kept, as a list: their encoded bytes move
+
+`distcache.testing.check_strategy_laws` says whether a strategy keeps what the merge relies on.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ class Reduction(enum.Enum):
         """The value that changes nothing: what an idle rank holds."""
         if self is Reduction.SUM:
             return 0
+        if dtype == torch.bool:
+            return self is Reduction.MIN
         if dtype.is_floating_point:
             return float("-inf") if self is Reduction.MAX else float("inf")
         info = torch.iinfo(dtype)
@@ -113,7 +117,15 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def combine(self, a: Any, b: Any) -> Any:
-        """The state of what `a` and `b` saw together; neither is changed."""
+        """The state of what `a` and `b` saw together; neither is changed. `SchemaMismatch` if they can't be."""
+
+    @abc.abstractmethod
+    def fold_(self, into: Any, other: Any) -> None:
+        """`into` becomes the state of both, in place; `other` stays as it is. They are known to fit."""
+
+    @abc.abstractmethod
+    def check(self, a: Any, b: Any, key: str = "value") -> None:
+        """`SchemaMismatch`, naming the key, if the states `a` and `b` can't be combined."""
 
     @abc.abstractmethod
     def finalize(self, state: Any) -> Any:
@@ -155,10 +167,10 @@ class Fieldwise(Strategy):
         return dict(state)
 
     def samples(self, value: Value) -> tuple[Tensor, Tensor | None]:
-        """(value_n [n, …], weight_n [n] or [n, …] or None) of a contribution."""
+        """(value_n [n, …], weight_n [n] or [n, …] or None) of a contribution. TypeError if it is no real number."""
         data, weight = value.data, value.weight
         if isinstance(data, Weighted):
-            data, weight = data.value, _weight(data.weight, data.value)
+            data, weight = data.value, torch.as_tensor(data.weight)
         if isinstance(data, (bool, int, float)):
             data = torch.tensor(data, dtype=torch.float64 if isinstance(data, float) else None)
         if not isinstance(data, Tensor):
@@ -167,37 +179,67 @@ class Fieldwise(Strategy):
             raise TypeError(
                 f"{type(self).__name__} reduces real numbers, got {data.dtype}: use torch.view_as_real first."
             )
+        if data.dtype == torch.uint64:
+            raise TypeError(f"{type(self).__name__} reduces integers as int64, which uint64 can exceed: convert first.")
         data = data.detach()
         dim = 0 if value.rows and self.dim == "auto" else self.dim
         if dim == "auto":
-            weight = None if weight is None else weight.expand(data.shape) if weight.dim() else weight
-            return data.unsqueeze(0), None if weight is None else weight.unsqueeze(0)
-        if data.dim() == 0:
+            data, dim = data.unsqueeze(0), 0
+            weight = None if weight is None else weight.unsqueeze(0)
+        if not -data.dim() <= dim < data.dim():
             raise ValueError(
-                f"{type(self).__name__}(dim={dim}) expects samples along a dim, got a tensor without dims. "
+                f"{type(self).__name__}(dim={dim}) expects samples along that dim, got a tensor {tuple(data.shape)}. "
                 "Leave out dim= to count it as one sample."
             )
         value_n = data.movedim(dim, 0)
-        if weight is not None and weight.shape == data.shape:
-            weight = weight.movedim(dim, 0)
-        elif weight is not None and weight.dim() == 0:
-            weight = weight.expand(len(value_n))
-        return value_n, weight
+        if weight is None:
+            return value_n, None
+        weight = weight.detach().to(value_n.device, torch.float64)
+        if weight.shape == data.shape:
+            return value_n, weight.movedim(dim, 0)
+        if weight.dim() == 0 or weight.shape == value_n.shape[:1]:
+            return value_n, weight.expand(len(value_n))
+        raise ValueError(
+            f"a weight for {len(value_n)} sample(s) of shape {tuple(value_n.shape[1:])} is a number, one per sample or "
+            f"one per element; got {tuple(weight.shape)}."
+        )
+
+    def given_dtype(self, value: Value) -> torch.dtype:
+        """The dtype that a contribution came in; Python's floats count as float64."""
+        data = value.data.value if isinstance(value.data, Weighted) else value.data
+        if isinstance(data, bool):
+            return torch.bool
+        return data.dtype if isinstance(data, Tensor) else torch.float64 if isinstance(data, float) else torch.int64
+
+    def check(self, a: State, b: State, key: str = "value") -> None:
+        if set(a) != set(b):
+            raise SchemaMismatch(
+                f"cannot combine {key!r}: one state has {sorted(a)}, the other {sorted(b)}. Give every value of a key a "
+                "weight, or none."
+            )
+        for name, held in a.items():
+            mine, theirs = tuple(held.shape), tuple(b[name].shape)
+            may_grow = self.ragged_dims(name, len(mine))
+            if len(mine) != len(theirs) or any(
+                m != n and not grows for m, n, grows in zip(mine, theirs, may_grow, strict=True)
+            ):
+                raise SchemaMismatch(
+                    f"cannot combine {key!r}: {name} has shape {mine} in one state and {theirs} in the other. "
+                    f"{type(self).__name__} expects samples of one shape; for different sizes use "
+                    f"{type(self).__name__}(ragged=True)."
+                )
 
     def combine(self, a: State, b: State) -> State:
-        shapes = {
-            name: torch.Size(map(max, a[name].shape, b[name].shape)) if a[name].shape != b[name].shape else None
-            for name in a
-        }
+        self.check(a, b)
         into = {}
         for field in self.layout(a):
-            grown, held = shapes[field.name], a[field.name]
-            if grown is None:
+            held, more = a[field.name], b[field.name]
+            if held.shape == more.shape:
                 into[field.name] = held.clone()
-            else:
-                self._forbid_unless_ragged(held.shape, b[field.name].shape)
-                into[field.name] = held.new_full(grown, field.reduction.identity(held.dtype))
-                into[field.name][corner(held.shape)] = held
+                continue
+            both = torch.Size(map(max, held.shape, more.shape))
+            into[field.name] = held.new_full(both, field.reduction.identity(held.dtype))
+            into[field.name][corner(held.shape)] = held
         self.fold_(into, b)
         return into
 
@@ -231,16 +273,19 @@ class Fieldwise(Strategy):
             return torch.float64
         return torch.float32
 
-    def _forbid_unless_ragged(self, mine: Sequence[int], theirs: Sequence[int]) -> None:
-        if not self.ragged or len(mine) != len(theirs):
-            raise SchemaMismatch(
-                f"cannot combine samples of shape {tuple(mine)} with {tuple(theirs)}: {type(self).__name__} expects "
-                f"one shape. For values of different sizes use {type(self).__name__}(ragged=True)."
-            )
-
 
 class Rowwise(Strategy):
     """A state of rows that are kept, `Rows` (see strategies/rows.py)."""
+
+    def check(self, a: Any, b: Any, key: str = "value") -> None:
+        a.check_joins(b, key)
+
+    def combine(self, a: Any, b: Any) -> Any:
+        self.check(a, b)
+        return type(a)([*a.pieces, *b.pieces])
+
+    def fold_(self, into: Any, other: Any) -> None:
+        into.pieces.extend(other.pieces)
 
 
 class Listwise(Strategy):
@@ -251,8 +296,21 @@ class Listwise(Strategy):
     def take(self, value: Value) -> list[Value]:
         return [value]
 
+    def check(self, a: list[Value], b: list[Value], key: str = "value") -> None:
+        if a and b and is_indexed(a[0].columns) != is_indexed(b[0].columns):
+            raise SchemaMismatch(
+                f"cannot order {key!r}: some of its values came with an index and some without. "
+                "On one key either every cat has index= or none has."
+            )
+
     def combine(self, a: list[Value], b: list[Value]) -> list[Value]:
-        return [*a, *b]
+        self.check(a, b)
+        both = list(a)
+        self.fold_(both, b)
+        return both
+
+    def fold_(self, into: list[Value], other: list[Value]) -> None:
+        into.extend(other)
 
 
 def corner(shape: Sequence[int]) -> tuple[slice, ...]:
@@ -260,6 +318,6 @@ def corner(shape: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(n) for n in shape)
 
 
-def _weight(weight: float | Tensor, value: Any) -> Tensor:
-    device = value.device if isinstance(value, Tensor) else None
-    return torch.as_tensor(weight, dtype=torch.float64, device=device).detach()
+def is_indexed(columns: Columns | None) -> bool:
+    """Whether columns say which samples of the data set these are."""
+    return columns is not None and columns.indexed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distcache.errors import SchemaMismatch
-from distcache.strategies.base import Columns, Rowwise, Value, Weighted
+from distcache.strategies.base import Columns, Rowwise, Value, Weighted, is_indexed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +24,8 @@ class Piece:
 class Rows:
     """The state of a Rowwise strategy: pieces in the order they came, joined only when somebody reads them.
 
-    All pieces agree in row shape, dtype and in whether samples carry indices.
+    There is at least one piece, if only of 0 rows. All agree in row shape, dtype, type of device and in whether
+    samples carry indices.
     """
 
     __slots__ = ("pieces",)
@@ -46,17 +47,17 @@ class Rows:
         """Whether rows carry the samples' indices; None where there are no rows yet."""
         for piece in self.pieces:
             if len(piece.value_n):
-                return piece.columns is not None and piece.columns.indexed
+                return is_indexed(piece.columns)
         return None
 
     def check_joins(self, other: Rows, key: str = "rows") -> None:
-        """SchemaMismatch if `other`'s rows can't follow these."""
+        """SchemaMismatch if `other`'s rows can't follow these; 0 rows must fit too, as on a rank that has no others."""
         mine, theirs = self.head.value_n, other.head.value_n
-        if mine.shape[1:] != theirs.shape[1:] or mine.dtype != theirs.dtype:
+        if mine.shape[1:] != theirs.shape[1:] or mine.dtype != theirs.dtype or mine.device.type != theirs.device.type:
             raise SchemaMismatch(
-                f"cannot concatenate {key!r}: expected rows of {tuple(mine.shape[1:])} {mine.dtype}, "
-                f"got {tuple(theirs.shape[1:])} {theirs.dtype}. Give every value one row shape and dtype, "
-                "or register a function that aligns them."
+                f"cannot concatenate {key!r}: expected rows of {_words(mine)}, got {_words(theirs)} in a value "
+                f"{tuple(theirs.shape)}. Give every value one row shape, dtype and device, or register a function that "
+                "aligns them."
             )
         if None not in (self.indexed, other.indexed) and self.indexed != other.indexed:
             raise SchemaMismatch(
@@ -72,15 +73,15 @@ class Rows:
         if not self.indexed:
             return None
         sample, position = self.column("sample"), self.column("position")
+        later = (sample[1:] > sample[:-1]) | ((sample[1:] == sample[:-1]) & (position[1:] > position[:-1]))
+        if bool(later.all()):
+            return None
         by_position = torch.sort(position, stable=True).indices
         order = by_position[torch.sort(sample[by_position], stable=True).indices]
         sample, position = sample[order], position[order]
         new = torch.ones(len(order), dtype=torch.bool)
         new[1:] = (sample[1:] != sample[:-1]) | (position[1:] != position[:-1])
-        order = order[new]
-        if torch.equal(order, torch.arange(self.num_rows)):
-            return None
-        return order
+        return order[new]
 
     def column(self, name: str) -> Tensor:
         """One column of all rows in the order they came, int64 [n] or what was recorded."""
@@ -102,29 +103,36 @@ class Rows:
     def joined(self) -> Tensor:
         """[n, …], in the samples' order where they carry indices."""
         parts = [piece.value_n for piece in self.pieces if len(piece.value_n)] or [self.pieces[0].value_n]
-        value_n = parts[0] if len(parts) == 1 else torch.cat(parts)
-        order = self.order()
-        return value_n if order is None else value_n[order.to(value_n.device)]
+        with torch.inference_mode(False):  # what is joined may be read, and trained on, outside of it
+            value_n = parts[0] if len(parts) == 1 else torch.cat(parts)
+            order = self.order()
+            return value_n if order is None else value_n[order.to(value_n.device)]
+
+    def together(self) -> Rows:
+        """The same rows as one piece, in the order in which they are read."""
+        if len(self.pieces) == 1 and self.order() is None:
+            return self
+        known = self.columns()
+        return Rows([Piece(self.joined(), Columns(known, bool(self.indexed)) if known else None)])
 
 
 @dataclass(frozen=True, slots=True)
 class Cat(Rowwise):
-    """Concatenation along `dim`, bit for bit. State: the rows."""
+    """Concatenation along `dim`, bit for bit. State: the rows; tensors that were set by hand are copied once.
+
+    Values must agree in dtype and in every other dim: nothing is promoted or padded.
+    """
 
     dim: int | Literal["auto"] = 0
 
     def take(self, value: Value) -> Rows:
         data = _tensor(value, "Cat")
-        if data.dim() == 0:
-            raise ValueError("Cat expects tensors with at least one dim, got one without: use Stack().")
-        if value.rows or self.dim in ("auto", 0):
-            return Rows([Piece(data, value.columns)])
-        assert isinstance(self.dim, int)
-        return Rows([Piece(data.movedim(self.dim, 0), value.columns)])
-
-    def combine(self, a: Rows, b: Rows) -> Rows:
-        a.check_joins(b)
-        return Rows([*a.pieces, *b.pieces])
+        dim = 0 if self.dim == "auto" else self.dim
+        if not -data.dim() <= dim < data.dim():
+            raise ValueError(f"Cat(dim={dim}) expects tensors with that dim, got {tuple(data.shape)}: use Stack().")
+        if value.rows and dim not in (0, -data.dim()):
+            raise ValueError(f"Cat(dim={dim}) cannot join recorded rows, which lie along dim 0: use Cat().")
+        return Rows([Piece(data.movedim(dim, 0), value.columns)])
 
     def finalize(self, state: Rows) -> Tensor:
         value_n = state.joined()
@@ -133,22 +141,19 @@ class Cat(Rowwise):
 
 @dataclass(frozen=True, slots=True)
 class Stack(Rowwise):
-    """Values side by side along a new `dim`. State: one row per value."""
+    """Values side by side along a new `dim`; of a recorded value each row. State: one row per value."""
 
     dim: int | Literal["auto"] = 0
 
     def take(self, value: Value) -> Rows:
         data = _tensor(value, "Stack")
+        if isinstance(self.dim, int) and not -(data.dim() + 1 - value.rows) <= self.dim <= data.dim() - value.rows:
+            raise ValueError(f"Stack(dim={self.dim}) cannot place values of shape {tuple(data.shape)} along that dim.")
         if value.rows:  # a recorded value's rows are its samples
             return Rows([Piece(data, value.columns)])
-        columns = value.columns
-        if columns is not None and len(columns) != 1:
-            raise ValueError(f"Stack makes one row of a value: expected one sample's index, got {len(columns)}.")
-        return Rows([Piece(data.unsqueeze(0), columns)])
-
-    def combine(self, a: Rows, b: Rows) -> Rows:
-        a.check_joins(b)
-        return Rows([*a.pieces, *b.pieces])
+        if value.columns is not None and len(value.columns) != 1:
+            raise ValueError(f"Stack makes one row of a value: expected one sample's index, got {len(value.columns)}.")
+        return Rows([Piece(data.unsqueeze(0), value.columns)])
 
     def finalize(self, state: Rows) -> Tensor:
         value_n = state.joined()
@@ -161,4 +166,12 @@ def _tensor(value: Value, strategy: str) -> Tensor:
         raise TypeError(f"{strategy} keeps values as they are and takes no weights: use Mean() or Sum().")
     if not isinstance(data, Tensor):
         raise TypeError(f"{strategy} expects tensors, got {type(data).__name__}: use Extend() for lists.")
-    return data.detach()
+    if value.rows:
+        return data.detach()  # made for this cache by the hook that recorded it
+    # Somebody else's: it may be written to later, be part of a graph, or of a storage that is far larger.
+    with torch.inference_mode(False):
+        return data.detach().clone()
+
+
+def _words(value_n: Tensor) -> str:
+    return f"{tuple(value_n.shape[1:])} {value_n.dtype} on {value_n.device.type}"
