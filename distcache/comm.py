@@ -529,37 +529,39 @@ class TorchComm(Communicator):
 
     def _await(self, starts: deque[Callable[[], Any]], kept: list[Any], poll: Poll) -> None:
         flying: deque[Any] = deque()
+        with held_interrupts() as let_through:
+            try:
+                self._drive(starts, flying, let_through, poll)
+            except BaseException as error:
+                self.broken = True
+                # Operations may still write to their buffers, and gloo's group waits for them in its destructor,
+                # which would hold up a process that wants to end: a thread of their own outlives both.
+                arguments = (list(flying), (self._gloo, self._device_group), kept)
+                threading.Thread(target=_outlive, args=arguments, name="distcache-outlive", daemon=True).start()
+                if type(error) in _COMM_ERRORS:
+                    raise CommFailed(_one_line(error)) from error
+                raise
+
+    def _drive(self, starts: deque[Callable[[], Any]], flying: deque[Any], let_through: Poll, poll: Poll) -> None:
         progress = polled = time.monotonic()
         nap_s = 0.0
-        try:
-            with held_interrupts() as let_through:
-                while starts or flying:
-                    while starts and len(flying) < IN_FLIGHT:
-                        flying.append(starts.popleft()())
-                        progress = time.monotonic()
-                    if flying[0].is_completed():
-                        flying.popleft().wait()  # raises what went wrong
-                        progress, nap_s = time.monotonic(), 0.0
-                        continue
-                    now = time.monotonic()
-                    if now - progress > self.timeout_s:
-                        raise CommFailed(f"no progress for {self.timeout_s:g} s with all ranks there")
-                    if now - polled > 0.02:
-                        polled = now
-                        let_through()
-                        poll()
-                    time.sleep(nap_s)
-                    nap_s = min(0.002, nap_s + 0.00002)
-        except BaseException as error:
-            self.broken = True
-            groups = (self._gloo, self._device_group)
-            # Operations may still write to their buffers, and gloo's group waits for them in its destructor, which
-            # would hold up a process that wants to end: a thread of their own outlives both.
-            arguments = (list(flying), groups, kept)
-            threading.Thread(target=_outlive, args=arguments, name="distcache-outlive", daemon=True).start()
-            if type(error) in _COMM_ERRORS:
-                raise CommFailed(_one_line(error)) from error
-            raise
+        while starts or flying:
+            while starts and len(flying) < IN_FLIGHT:
+                flying.append(starts.popleft()())
+                progress = time.monotonic()
+            if flying[0].is_completed():
+                flying.popleft().wait()  # raises what went wrong
+                progress, nap_s = time.monotonic(), 0.0
+                continue
+            now = time.monotonic()
+            if now - progress > self.timeout_s:
+                raise CommFailed(f"no progress for {self.timeout_s:g} s with all ranks there")
+            if now - polled > 0.02:
+                polled = now
+                let_through()
+                poll()
+            time.sleep(nap_s)
+            nap_s = min(0.002, nap_s + 0.00002)
 
 
 _COMM_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)

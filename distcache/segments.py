@@ -2,6 +2,8 @@
 
 A hook adds into a view of a chunk, and a merge reduces chunks as they are: the cost of a merge follows the
 bytes, not the number of keys. Keys that are allocated together (the heads of a layer) form a slab, one view.
+Only a key that grows or goes leaves its place; the hole holds identities, so that it can be reduced with the
+rest, until somebody else moves in.
 """
 
 from __future__ import annotations
@@ -59,17 +61,28 @@ class Entry:
     strategy: Fieldwise
     schema: KeySchema
     slots: Mapping[str, Slot]
-    slab: tuple[str, ...]  # the keys that were allocated together, this one among them
+    slab: tuple[str, ...]  # the keys that lie side by side, one after the other, this one among them
 
     def layout_digest(self) -> int:
-        return digest_of(self.schema.key, *((name, tuple(slot.segment), slot.chunk, slot.offset, slot.shape)
-                                            for name, slot in self.slots.items()))  # fmt: skip
+        places = [(name, tuple(slot.segment), slot.chunk, slot.offset, slot.shape) for name, slot in self.slots.items()]
+        return digest_of(self.schema.key, places)
+
+    def precedes(self, other: Entry) -> bool:
+        """Whether `other` lies right behind, with a state of the same kind."""
+        return (
+            self.strategy == other.strategy
+            and self.slots.keys() == other.slots.keys()
+            and all(other.slots[n] == replace(slot, offset=slot.offset + slot.numel) for n, slot in self.slots.items())
+        )
 
 
 class Segment:
-    """A list of flat chunks of one dtype, filled from the front. What lies behind `used` was never touched."""
+    """A list of flat chunks of one dtype, filled from the front. What lies behind `used` was never touched.
 
-    __slots__ = ("chunks", "device", "dtype", "identity", "used")
+    `holes` are (chunk, offset, numel) of room before `used` that was given back: they hold identities.
+    """
+
+    __slots__ = ("chunks", "device", "dtype", "holes", "identity", "used")
 
     def __init__(self, segment_id: SegmentId, device: torch.device) -> None:
         self.dtype = dtype_named(segment_id.dtype)
@@ -77,47 +90,93 @@ class Segment:
         self.device = device
         self.chunks: list[Tensor] = []
         self.used: list[int] = []
+        self.holes: list[tuple[int, int, int]] = []
 
     def allocate(self, numel: int) -> tuple[int, int]:
         """(chunk, offset) of `numel` elements that hold the identity."""
-        last = len(self.chunks) - 1
-        if last < 0 or self.used[last] + numel > len(self.chunks[last]):
-            previous = len(self.chunks[last]) * 2 if self.chunks else FIRST_CHUNK_BYTES // self.dtype.itemsize
-            size = max(numel, min(previous, LARGEST_CHUNK_BYTES // self.dtype.itemsize))
-            with torch.inference_mode(False):  # an inference tensor could not be added to outside
-                self.chunks.append(torch.empty(size, dtype=self.dtype, device=self.device))
-            self.used.append(0)
-            last += 1
-        offset = self.used[last]
-        self.used[last] += numel
-        self.chunks[last][offset : offset + numel].fill_(self.identity)
-        return last, offset
+        for i, (chunk, offset, room) in enumerate(self.holes):
+            if room >= numel:
+                self.holes[i : i + 1] = [(chunk, offset + numel, room - numel)] if room > numel else []
+                return chunk, offset
+        for chunk, used in enumerate(self.used):
+            if used + numel <= len(self.chunks[chunk]):
+                break
+        else:
+            chunk = self._new_chunk(numel)
+        offset = self.used[chunk]
+        self.used[chunk] += numel
+        self.chunks[chunk][offset : offset + numel].fill_(self.identity)
+        return chunk, offset
+
+    def _new_chunk(self, numel: int) -> int:
+        twice = len(self.chunks[-1]) * 2 if self.chunks else 0
+        size = max(FIRST_CHUNK_BYTES // self.dtype.itemsize, twice)
+        size = max(numel, min(size, LARGEST_CHUNK_BYTES // self.dtype.itemsize))
+        with torch.inference_mode(False):  # an inference tensor could not be added to outside
+            tensor = torch.empty(size, dtype=self.dtype, device=self.device)
+        for chunk, used in enumerate(self.used):
+            if not used:  # one that was emptied
+                self.chunks[chunk] = tensor
+                return chunk
+        self.chunks.append(tensor)
+        self.used.append(0)
+        return len(self.chunks) - 1
+
+    def release(self, chunk: int, offset: int, numel: int) -> None:
+        """Give room back; what lies last shortens its chunk, and an empty chunk's memory goes."""
+        if not numel:
+            return
+        self.chunks[chunk][offset : offset + numel].fill_(self.identity)
+        holes: list[tuple[int, int, int]] = []
+        for hole in sorted([*self.holes, (chunk, offset, numel)]):
+            if holes and holes[-1][0] == hole[0] and sum(holes[-1][1:]) == hole[1]:
+                hole = (hole[0], holes[-1][1], holes.pop()[2] + hole[2])
+            holes.append(hole)
+        self.holes = [hole for hole in holes if hole[0] != chunk or hole[1] + hole[2] < self.used[chunk]]
+        if len(self.holes) < len(holes):
+            self.used[chunk] = next(start for c, start, n in holes if c == chunk and start + n == self.used[chunk])
+        if not self.used[chunk]:
+            self.chunks[chunk] = self.chunks[chunk].new_empty(0)
+        while self.used and not self.used[-1]:
+            self.used.pop()
+            self.chunks.pop()
 
     def filled(self) -> list[Tensor]:
         """The used part of every chunk: contiguous, and all that a collective needs to move."""
         return [chunk[:used] for chunk, used in zip(self.chunks, self.used, strict=True)]
 
-    def copy(self, device: torch.device | None = None) -> Segment:
+    def copy(self) -> Segment:
         twin = object.__new__(Segment)
-        twin.dtype, twin.identity, twin.device = self.dtype, self.identity, device or self.device
+        twin.dtype, twin.identity, twin.device = self.dtype, self.identity, self.device
         with torch.inference_mode(False):
-            twin.chunks = [part.to(twin.device, copy=True) for part in self.filled()]
-        twin.used = list(self.used)
+            twin.chunks = [part.clone() for part in self.filled()]
+        twin.used, twin.holes = list(self.used), list(self.holes)
         return twin
 
 
 class Arena:
     """The states of field-wise strategies of one cache, by key, in segments.
 
-    `content_digest` and `layout_digest` are sums over keys, kept up as keys are added, so that asking whether
-    two ranks agree costs nothing per key.
+    `content_digest` and `layout_digest` are sums over keys and segments, kept up as keys are added, so that asking
+    whether two ranks agree costs nothing per key.
     """
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.segments: dict[SegmentId, Segment] = {}
         self.content_digest = 0
-        self.layout_digest = 0
+        self._slots_digest = 0
+        self._centred_runs: list[tuple[str, int]] | None = None
+
+    @property
+    def layout_digest(self) -> int:
+        """Where every slot lies, and how far chunks are filled: room that was left behind is moved too."""
+        fills = (digest_of(tuple(segment_id), held.used) for segment_id, held in self.segments.items())
+        return (self._slots_digest + sum(fills)) % DIGEST_MODULUS
+
+    def lies_like(self, other: Arena) -> bool:
+        """Whether both hold the same keys at the same places: what lets segments be folded as they are."""
+        return self.content_digest == other.content_digest and self.layout_digest == other.layout_digest
 
     def __contains__(self, key: str) -> bool:
         return key in self.entries
@@ -138,24 +197,20 @@ class Arena:
         result: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Make room, filled with identities, for keys of one strategy and shape; a slab if there are several."""
-        fields = strategy.layout(shapes)
+        """Make room, filled with identities, for new keys of one strategy and shape; a slab if there are several."""
         facts = strategy_facts(strategy)
-        specs = tuple(
-            FieldSchema(
-                f.name,
-                tuple(None if ragged else n for n, ragged in zip(
-                    shapes[f.name], strategy.ragged_dims(f.name, len(shapes[f.name])), strict=True)),
-                dtype_name(dtypes[f.name]),
-                f.reduction.value,
-                f.round,
-            )
-            for f in fields
-        )  # fmt: skip
+        specs = []
+        for field in strategy.layout(shapes):
+            shape = shapes[field.name]
+            may_grow = strategy.ragged_dims(field.name, len(shape))
+            fixed = tuple(None if grows else n for n, grows in zip(shape, may_grow, strict=True))
+            dtype = dtype_name(dtypes[field.name])
+            specs.append(FieldSchema(field.name, fixed, dtype, field.reduction.value, field.round))
         schemas = [
-            KeySchema(key, "fields", facts, specs, result=dtype_name(result), device=device.type) for key in keys
+            KeySchema(key, "fields", facts, tuple(specs), result=dtype_name(result), device=device.type) for key in keys
         ]
-        self._place(schemas, strategy, {f.name: capacity(strategy, f.name, shapes[f.name]) for f in fields}, device)
+        rooms = {spec.name: capacity(strategy, spec.name, shapes[spec.name]) for spec in specs}
+        self._place(schemas, strategy, rooms, device)
 
     def _place(
         self,
@@ -187,54 +242,73 @@ class Arena:
             self._count(old, -1)
         self.entries[key] = entry  # a key that grows keeps its place in the order
         self._count(entry, 1)
+        self._centred_runs = None
 
     def _count(self, entry: Entry, sign: int) -> None:
         self.content_digest = (self.content_digest + sign * entry.schema.digest) % DIGEST_MODULUS
-        self.layout_digest = (self.layout_digest + sign * entry.layout_digest()) % DIGEST_MODULUS
+        self._slots_digest = (self._slots_digest + sign * entry.layout_digest()) % DIGEST_MODULUS
 
     def drop(self, key: str) -> None:
-        """Forget a key; its room stays, filled with identities."""
+        """Forget a key and give its room back."""
         entry = self.entries.pop(key)
         self._count(entry, -1)
+        self._release(entry)
+        for other in entry.slab:
+            if other != key:  # the slab has a hole now
+                self.entries[other] = replace(self.entries[other], slab=(other,))
+        self._centred_runs = None
+
+    def _release(self, entry: Entry) -> None:
         for slot in entry.slots.values():
-            self._view(slot).fill_(self.segments[slot.segment].identity)
+            segment = self.segments[slot.segment]
+            segment.release(slot.chunk, slot.offset, slot.numel)
+            if not segment.chunks:
+                del self.segments[slot.segment]
 
-    def _view(self, slot: Slot) -> Tensor:
-        return self.segments[slot.segment].chunks[slot.chunk][slot.offset : slot.offset + slot.numel].view(slot.shape)
-
-    def state(self, key: str) -> State:
-        """The key's state: views into chunks, at full capacity."""
-        return {name: self._view(slot) for name, slot in self.entries[key].slots.items()}
-
-    def slab(self, keys: Sequence[str]) -> State | None:
-        """The states of several keys as views [K, …]; None where their slots don't lie one after the other."""
-        entries = [self.entries[key] for key in keys]
+    def _views(self, key: str, count: int) -> State:
+        """The states of `count` keys that lie side by side from this one on: views [count, …], at full capacity."""
         views = {}
-        for name, first in entries[0].slots.items():
-            for i, entry in enumerate(entries):
-                if entry.slots.get(name) != replace(first, offset=first.offset + i * first.numel):
-                    return None
-            chunk = self.segments[first.segment].chunks[first.chunk]
-            views[name] = chunk[first.offset : first.offset + first.numel * len(keys)].view(len(keys), *first.shape)
+        for name, slot in self.entries[key].slots.items():
+            chunk = self.segments[slot.segment].chunks[slot.chunk]
+            views[name] = chunk[slot.offset : slot.offset + count * slot.numel].view(count, *slot.shape)
         return views
 
-    def fold(self, keys: Sequence[str], state: State, result: torch.dtype) -> None:
-        """Fold a state whose fields are [K, …] into K keys that already have room: one operation a field.
+    def state(self, key: str) -> State:
+        """The key's state: views into chunks, at full capacity, good until the key grows or goes."""
+        return {name: tensor[0] for name, tensor in self._views(key, 1).items()}
 
-        `SchemaMismatch` if it doesn't fit, before anything has changed.
-        """
-        entry = self.entries[keys[0]]
-        self.check(keys[0], entry.strategy, {n: (tuple(t.shape[1:]), t.dtype) for n, t in state.items()}, result)
+    def slab(self, keys: Sequence[str]) -> State | None:
+        """The states of several keys as views [K, …]; None if they aren't a slab."""
+        return self._views(keys[0], len(keys)) if self.is_slab(keys) else None
+
+    def is_slab(self, keys: Sequence[str]) -> bool:
+        """Whether these keys, in this order, lie side by side and are folded as one."""
+        entry = self.entries.get(keys[0])
+        return entry is not None and (len(keys) == 1 or entry.slab == tuple(keys))
+
+    def make_room(
+        self, keys: Sequence[str], strategy: Fieldwise, state: State, result: torch.dtype
+    ) -> tuple[str, ...]:
+        """Make room for a state [K, …] of K keys, all new or none; the new ones. What is held stays as it is."""
         wanted = {name: tuple(tensor.shape[1:]) for name, tensor in state.items()}
-        if any(not fits(wanted[name], slot.shape) for name, slot in entry.slots.items()):
-            self.grow(entry.slab, wanted)
+        if keys[0] not in self.entries:
+            dtypes = strategy.accumulators({name: tensor.dtype for name, tensor in state.items()})
+            self.reserve(keys, strategy, wanted, dtypes, result, next(iter(state.values())).device)
+            return tuple(keys)
+        for key in keys:
+            if any(not fits(wanted[name], slot.shape) for name, slot in self.entries[key].slots.items()):
+                self._grow(self.entries[key].slab, wanted)
+        return ()
+
+    def fold(self, keys: Sequence[str], state: State) -> None:
+        """Fold a state [K, …] into K keys that have room for it and are known to fit: an operation a field for a slab."""
         together = self.slab(keys)
         if together is not None:
-            entry.strategy.fold_(together, {n: t.to(together[n].device) for n, t in state.items()})
+            self.entries[keys[0]].strategy.fold_(together, _on(state, together))
             return
         for i, key in enumerate(keys):
             mine = self.state(key)
-            self.entries[key].strategy.fold_(mine, {n: t[i].to(mine[n].device) for n, t in state.items()})
+            self.entries[key].strategy.fold_(mine, _on({name: tensor[i] for name, tensor in state.items()}, mine))
 
     def check(
         self,
@@ -260,14 +334,10 @@ class Arena:
                 m is None or m == n for m, n in zip(spec.shape, shape, strict=True)
             )
             if not same or dtype_name(dtypes[name]) != spec.dtype:
-                hint = (
-                    ""
-                    if entry.strategy.ragged
-                    else f" For different sizes register {type(strategy).__name__}(ragged=True)."
-                )
                 raise SchemaMismatch(
                     f"cannot fold into {key!r}: expected {name} of {spec.dtype} "
-                    f"{tuple('*' if n is None else n for n in spec.shape)}, got {dtype_name(dtypes[name])} {shape}.{hint}"
+                    f"{tuple('*' if n is None else n for n in spec.shape)}, got {dtype_name(dtypes[name])} {shape}. Give "
+                    f"every value of a key one shape; for different sizes use {type(strategy).__name__}(ragged=True)."
                 )
             capacity(strategy, name, shape)  # raises where `size` is exceeded
         if entry.schema.result != dtype_name(result):
@@ -276,52 +346,49 @@ class Arena:
                 f"the new one asks for {dtype_name(result)}. Give all values of a key one dtype."
             )
 
-    def grow(self, keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Give keys of one slab room for larger ragged fields; their old room is filled with identities."""
+    def _grow(self, keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Give the keys of one slab room for larger ragged fields, and their old room back."""
         entries = [self.entries[key] for key in keys]
-        strategy = entries[0].strategy
-        old = [self.state(key) for key in keys]
-        capacities = {
-            name: tuple(map(max, slot.shape, capacity(strategy, name, shapes[name])))
-            for name, slot in entries[0].slots.items()
+        first = entries[0]
+        old = self._views(keys[0], len(keys))
+        rooms = {
+            name: tuple(map(max, slot.shape, capacity(first.strategy, name, shapes[name])))
+            for name, slot in first.slots.items()
         }
-        device = next(iter(old[0].values())).device
-        self._place([entry.schema for entry in entries], strategy, capacities, device)
-        for key, state in zip(keys, old, strict=True):
-            strategy.fold_(self.state(key), state)
-            for name, tensor in state.items():
-                tensor.fill_(self.segments[entries[0].slots[name].segment].identity)
+        device = self.segments[next(iter(first.slots.values())).segment].device
+        self._place([entry.schema for entry in entries], first.strategy, rooms, device)
+        first.strategy.fold_(self._views(keys[0], len(keys)), old)
+        for entry in entries:
+            self._release(entry)
 
     def copy(self, device: torch.device | None = None) -> Arena:
-        """A twin with the same layout: one memcpy a chunk."""
+        """A twin: with the same layout, one memcpy a chunk; or on another device."""
         if device is not None and any(segment.device != device for segment in self.segments.values()):
             return self._moved(device)
         twin = Arena()
         twin.entries = dict(self.entries)
-        twin.content_digest, twin.layout_digest = self.content_digest, self.layout_digest
+        twin.content_digest, twin._slots_digest = self.content_digest, self._slots_digest
         twin.segments = {segment_id: segment.copy() for segment_id, segment in self.segments.items()}
         return twin
 
     def _moved(self, device: torch.device) -> Arena:
         """A copy on another device: segments are named by their device, so every key is entered anew."""
         twin = Arena()
-        for slab in self.slabs():
-            entry = self.entries[slab[0]]
-            schemas = [replace(self.entries[key].schema, device=device.type) for key in slab]
-            twin._place(schemas, entry.strategy, {n: s.shape for n, s in entry.slots.items()}, device)
-            for key in slab:
-                for name, tensor in self.state(key).items():
-                    twin._view(twin.entries[key].slots[name]).copy_(tensor)
+        for keys in self.slabs():
+            schemas = [replace(self.entries[key].schema, device=device.type) for key in keys]
+            twin._place(schemas, self.entries[keys[0]].strategy, self.capacities(keys[0]), device)
+            theirs = self._views(keys[0], len(keys))
+            for name, mine in twin._views(keys[0], len(keys)).items():
+                mine.copy_(theirs[name])
         return twin
 
     def slabs(self) -> Iterator[tuple[str, ...]]:
-        """The keys as they were allocated together, in order."""
+        """The keys by slab, in order."""
         done: set[str] = set()
         for key, entry in self.entries.items():
             if key not in done:
-                slab = tuple(k for k in entry.slab if k in self.entries and self.entries[k].slab == entry.slab)
-                done.update(slab)
-                yield slab
+                done.update(entry.slab)
+                yield entry.slab
 
     def capacities(self, key: str) -> dict[str, tuple[int, ...]]:
         """Field shapes with their room, by field."""
@@ -344,36 +411,58 @@ class Arena:
         return twin
 
     def fold_arena(self, other: Arena) -> None:
-        """Fold another arena into this one: an operation a chunk where layouts agree, a key at a time where not."""
-        if self.layout_digest == other.layout_digest and self.content_digest == other.content_digest:
-            for segment_id, segment in self.segments.items():
-                if not segment_id.centred:
-                    for mine, theirs in zip(segment.filled(), other.segments[segment_id].filled(), strict=True):
-                        Reduction(segment_id.reduction).fold_(mine, theirs)
-            for key, entry in self.entries.items():
-                if any(f.round for f in entry.schema.fields):
-                    entry.strategy.fold_(self.state(key), other.state(key))
-            return
-        for slab in other.slabs():
-            new = [key for key in slab if key not in self.entries]
-            entry = other.entries[slab[0]]
-            if new:
-                device = other.segments[next(iter(entry.slots.values())).segment].device
-                self._place(
-                    [other.entries[key].schema for key in new],
-                    entry.strategy,
-                    other.capacities(slab[0]),
-                    device,
-                )
-            for key in slab:
-                self._fold_key(other, key)
+        """Fold another arena into this one: an operation a chunk where layouts agree, a slab at a time where not.
 
-    def _fold_key(self, other: Arena, key: str) -> None:
-        theirs = other.state(key)
-        if any(not fits(t.shape, self.entries[key].slots[name].shape) for name, t in theirs.items()):
-            self.grow(self.entries[key].slab, {name: tuple(t.shape) for name, t in theirs.items()})
-        mine = self.state(key)
-        self.entries[key].strategy.fold_(mine, {n: t.to(mine[n].device) for n, t in theirs.items()})
+        An empty arena becomes a copy. What both hold is known to fit.
+        """
+        if not self.entries:
+            self.__dict__.update(other.copy().__dict__)
+        elif self.lies_like(other):
+            self._fold_alike(other)
+        else:
+            for keys in other.slabs():
+                self._fold_slab(other, keys)
+
+    def _fold_alike(self, other: Arena) -> None:
+        for segment_id, segment in self.segments.items():
+            if not segment_id.centred:
+                for mine, theirs in zip(segment.filled(), other.segments[segment_id].filled(), strict=True):
+                    Reduction(segment_id.reduction).fold_(mine, theirs)
+        for key, count in self._runs():
+            self.entries[key].strategy.fold_(self._views(key, count), other._views(key, count))
+
+    def _runs(self) -> list[tuple[str, int]]:
+        """(first key, number of keys) of centred states that lie side by side, however they were allocated."""
+        if self._centred_runs is None:
+            runs: list[tuple[str, int]] = []
+            before: Entry | None = None
+            for key, entry in self.entries.items():
+                if not any(field.round for field in entry.schema.fields):
+                    continue
+                if before is not None and before.precedes(entry):
+                    runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+                else:
+                    runs.append((key, 1))
+                before = entry
+            self._centred_runs = runs
+        return self._centred_runs
+
+    def _fold_slab(self, other: Arena, keys: tuple[str, ...]) -> None:
+        new = [key for key in keys if key not in self.entries]
+        entry = other.entries[keys[0]]
+        if new:
+            device = other.segments[next(iter(entry.slots.values())).segment].device
+            schemas = [other.entries[key].schema for key in new]
+            self._place(schemas, entry.strategy, other.capacities(keys[0]), device)
+        parts = [keys] if self.is_slab(keys) else [(key,) for key in keys]
+        for part in parts:
+            theirs = other._views(part[0], len(part))
+            self.make_room(part, entry.strategy, theirs, dtype_named(entry.schema.result or "float32"))
+            self.fold(part, theirs)
+
+
+def _on(state: State, where: State) -> State:
+    return {name: tensor.to(where[name].device) for name, tensor in state.items()}
 
 
 def fits(shape: Sequence[int], room: Sequence[int]) -> bool:
@@ -384,21 +473,20 @@ def fits(shape: Sequence[int], room: Sequence[int]) -> bool:
 def capacity(strategy: Fieldwise, field: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The room a field of this shape is given: ragged dims in steps of 128, or the strategy's `size`.
 
-    ValueError where `size` is exceeded.
+    `SchemaMismatch` where `size` is exceeded.
     """
-    ragged = strategy.ragged_dims(field, len(shape))
-    size = strategy.size
-    room = []
-    for d, (n, grows) in enumerate(zip(shape, ragged, strict=True)):
-        limit = size[d] if isinstance(size, tuple) else size
+    may_grow = strategy.ragged_dims(field, len(shape))
+    room = list(shape)
+    for dim, (n, grows) in enumerate(zip(shape, may_grow, strict=True)):
         if not grows:
-            room.append(n)
-        elif limit is None:
-            room.append(-(-n // RAGGED_STEP) * RAGGED_STEP)
+            continue
+        limit = strategy.size[dim] if isinstance(strategy.size, tuple) else strategy.size
+        if limit is None:
+            room[dim] = -(-n // RAGGED_STEP) * RAGGED_STEP
         elif n > limit:
             raise SchemaMismatch(
-                f"a value of shape {shape} exceeds size={size} of {type(strategy).__name__} in dim {d}."
+                f"a value of shape {shape} exceeds size={strategy.size} of {type(strategy).__name__} in dim {dim}."
             )
         else:
-            room.append(limit)
+            room[dim] = limit
     return tuple(room)

@@ -287,7 +287,8 @@ def save(
         shutil.rmtree(draft, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None:
             size = human(sum(stored.nbytes for stored, _ in writer.tensors))
-            why = f"cannot save {size} to {target}: {error.strerror}. Nothing was left there"
+            where = f" ({error.filename})" if error.filename else ""
+            why = f"cannot save {size} to {target}: {error.strerror}{where}. Nothing was left there"
             raise OSError(error.errno, why) from error
         raise
 

@@ -23,15 +23,10 @@ def _exact(value_n: Tensor) -> Tensor:
 
 
 def _shaped_weight(weight_n: Tensor, value_n: Tensor) -> Tensor:
-    """One weight per sample as [n, 1, …]; one per element as it is. ValueError for anything else."""
+    """One weight per sample as [n, 1, …]; one per element as it is."""
     if weight_n.shape == value_n.shape:
         return weight_n
-    if weight_n.shape == value_n.shape[:1]:
-        return weight_n.reshape(-1, *[1] * (value_n.dim() - 1))
-    raise ValueError(
-        f"a weight for values of shape {tuple(value_n.shape)} is one per sample, {tuple(value_n.shape[:1])}, or one "
-        f"per element; got {tuple(weight_n.shape)}."
-    )
+    return weight_n.reshape(-1, *[1] * (value_n.dim() - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +36,10 @@ class _Reducing(Fieldwise):
     Args:
         dim: `"auto"`: the rows of a recorded value, while a value set by hand is one sample; or the dim of the
             samples.
-        ragged: values of different sizes are aligned at index 0 and counted per element; a tuple names the dims.
-        size: the fixed extent of every ragged dim; larger values raise.
+        ragged: values of different sizes are aligned at index 0 and counted per element; a tuple names the dims of
+            one sample that may differ. Elements that no sample reached read NaN (of a sum: 0).
+        size: the fixed extent of every ragged dim, of results too; larger values raise. Without it results are as
+            large as the largest sample.
         accumulate: dtype of totals between batches, float64 unless said otherwise. float32 halves the memory
             and drifts: a million additions of 0.1 are 1% off.
     """
@@ -73,24 +70,16 @@ class _Reducing(Fieldwise):
         return torch.full(shape, len(value_n), dtype=torch.int64, device=value_n.device)
 
     def _cut(self, result: Tensor, state: State) -> Tensor:
-        """The part of a ragged result that any sample reached, with NaN where none did."""
+        """A ragged result without the room that no sample reached; of `size`, where that is fixed."""
         count = state["count"]
         if not self.ragged or count.shape != result.shape:
             return result
-        result = result[extent(count)]
-        if result.is_floating_point():
-            result = result.masked_fill(count[corner(result.shape)] == 0, float("nan"))
-        return result
-
-
-def extent(count: Tensor) -> tuple[slice, ...]:
-    """The smallest block at the origin outside of which every count is 0."""
-    sizes = []
-    for dim in range(count.dim()):
-        others = [d for d in range(count.dim()) if d != dim]
-        seen = (count.sum(others) if others else count).nonzero()
-        sizes.append(int(seen.max()) + 1 if len(seen) else 0)
-    return corner(sizes)
+        extent = list(count.shape)
+        for dim, grows in enumerate(self.ragged_dims("count", count.dim())):
+            if grows and self.size is None:
+                reached = count.movedim(dim, 0).flatten(1).any(1).nonzero() if count.dim() > 1 else count.nonzero()
+                extent[dim] = int(reached.max()) + 1 if len(reached) else 0
+        return result[corner(extent)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +87,8 @@ class Sum(_Reducing):
     """Sum over samples, element by element.
 
     State: `total`, the shape of one sample; `count`. A `Weighted` value enters as value × weight. The sum of
-    integers is an int64, of floats a float32 unless float64 went in.
+    integers is an int64, which wraps as torch's does; of floats, or of integers with weights, a float32 unless
+    float64 went in.
     """
 
     fields = (Field("total", SUM), Field("count", SUM))
@@ -113,7 +103,7 @@ class Sum(_Reducing):
         return self._cut(state["total"], state)
 
     def result_dtype(self, given: torch.dtype) -> torch.dtype:
-        if not given.is_floating_point:
+        if not given.is_floating_point and self.accumulate is None:
             return torch.int64
         return Fieldwise.result_dtype(self, given)
 
@@ -131,20 +121,17 @@ class Mean(_Reducing):
     def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
         x, count = _exact(value_n), self._count(value_n, weight_n)
         if weight_n is None:
-            acc = self.accumulate or torch.float64
-            return {"total": x.sum(0).to(acc), "count": count}
+            # Integers in float64, where a batch of large ones can't wrap.
+            dtype = None if x.is_floating_point() else torch.float64
+            return {"total": x.sum(0, dtype=dtype).to(self.accumulate or torch.float64), "count": count}
         weight = _shaped_weight(weight_n, value_n)
         total = (x.double() * weight).sum(0)
         per_element = self.ragged or weight_n.shape == value_n.shape
-        summed = (weight.expand(value_n.shape) if per_element else weight_n.double()).sum(0)
-        return {
-            "total": total.to(self.accumulate or torch.float64),
-            "count": count,
-            "weight": summed.double(),
-        }
+        summed = (weight.expand(value_n.shape) if per_element else weight_n).sum(0)
+        return {"total": total.to(self.accumulate or torch.float64), "count": count, "weight": summed}
 
     def finalize(self, state: State) -> Tensor:
-        return self._cut(state["total"] / state.get("weight", state["count"]), state)
+        return self._cut(state["total"] / state.get("weight", state["count"]), state)  # 0 / 0 is NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +155,7 @@ class Moments(_Reducing):
         weight = None if weight_n is None else _shaped_weight(weight_n, value_n)
         n: Tensor | int = len(x)
         if weight is not None:
-            n = weight.expand(x.shape).sum(0)
-            x = x.double()
+            n, x = weight.expand(x.shape).sum(0), x.double()
         # A provisional centre c in the input's precision, then the exact correction of it (the two-pass
         # algorithm, corrected): m2 = Σ(x−c)² − (Σ(x−c))²/n.
         divisor = n.clamp_min(torch.finfo(n.dtype).tiny) if isinstance(n, Tensor) else max(n, 1)
@@ -186,7 +172,7 @@ class Moments(_Reducing):
         if weight_n is not None:
             per_element = self.ragged or weight_n.shape == value_n.shape
             assert weight is not None
-            state["weight"] = (weight.expand(x.shape) if per_element else weight_n).double().sum(0)
+            state["weight"] = (weight.expand(x.shape) if per_element else weight_n).sum(0)
         return state
 
     def fold_(self, into: State, other: State) -> None:
@@ -224,7 +210,10 @@ def _mean(total: Tensor, mass: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Extreme(_Reducing):
-    """The largest or smallest value over samples. NaN wins over every number, on every rank and in every order."""
+    """The largest or smallest value over samples. NaN wins over every number, on every rank and in every order.
+
+    Without samples: NaN, of integers the reduction's identity.
+    """
 
     _reduction = SUM
 
@@ -240,7 +229,10 @@ class _Extreme(_Reducing):
         return {"extreme": best, "count": self._count(value_n, None)}
 
     def finalize(self, state: State) -> Tensor:
-        return self._cut(state["extreme"], state)
+        extreme, count = state["extreme"], state["count"]
+        if extreme.is_floating_point():
+            extreme = extreme.masked_fill(count == 0, float("nan"))
+        return self._cut(extreme, state)
 
     def result_dtype(self, given: torch.dtype) -> torch.dtype:
         return given if not given.is_floating_point else Fieldwise.result_dtype(self, given)
