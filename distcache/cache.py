@@ -7,14 +7,32 @@ import copy
 import json
 import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from distcache import codec
-from distcache.errors import SchemaMismatch
+from distcache.entries import (
+    REDUCED,
+    Entry,
+    KeptEntry,
+    LazyEntry,
+    Noted,
+    RawEntry,
+    ReducedEntry,
+    Shown,
+    Slab,
+    copied,
+    leaves,
+    matches,
+    moved,
+    taken,
+)
+from distcache.entries import registered as _registered
+from distcache.errors import DuplicateSamples
+from distcache.join import Join, Renumber
 from distcache.ledger import IntervalSet, Ledger, samples_of
 from distcache.schema import DIGEST_MODULUS, KeySchema, strategy_facts
 from distcache.segments import Arena
@@ -25,7 +43,6 @@ from distcache.strategies import (
     Function,
     Piece,
     Rows,
-    Rowwise,
     State,
     Strategy,
     Value,
@@ -42,39 +59,6 @@ if TYPE_CHECKING:
 _SITE_KEY = re.compile(r"^(?P<site>.*?)_L?(?P<layer>\d+)(?:H(?P<head>\d+))?$")
 
 
-@dataclass(slots=True)
-class RawEntry:
-    """Values as they were set or recorded, before any strategy has seen them."""
-
-    values: list[Value]
-
-
-@dataclass(slots=True)
-class KeptEntry:
-    """The state of a strategy that keeps its values: `Rows`, or a list of `Value`."""
-
-    strategy: Strategy
-    state: Any
-    schema: KeySchema
-
-
-class ReducedEntry:
-    """A mark: the key's state lies in the cache's arena."""
-
-
-REDUCED = ReducedEntry()
-
-
-@dataclass(slots=True)
-class LazyEntry:
-    """An entry of a saved cache that is read when somebody asks for it."""
-
-    read: Callable[[], RawEntry | KeptEntry | tuple[Fieldwise, State, torch.dtype]]
-
-
-Entry = RawEntry | KeptEntry | ReducedEntry | LazyEntry
-
-
 @dataclass(frozen=True, slots=True)
 class Explained:
     """How one key is held and how it will merge; `collective` is None for values that no strategy has seen."""
@@ -84,83 +68,6 @@ class Explained:
     collective: str | None
     dtype: str
     nbytes: int
-
-
-class Noted:
-    """A value and the note it was added with. Attributes, indexing and torch functions reach the value."""
-
-    __slots__ = ("_note", "_value")
-
-    def __init__(self, value: Any, note: str) -> None:
-        self._value = value
-        self._note = note
-
-    def info(self) -> str:
-        """The note."""
-        return self._note
-
-    def value(self) -> Any:
-        """The value alone."""
-        return self._value
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_value"), name)
-
-    def __getitem__(self, item: Any) -> Any:
-        return self._value[item]
-
-    def __len__(self) -> int:
-        return len(self._value)
-
-    def __repr__(self) -> str:
-        return f"Noted({self._value!r}, info={self._note!r})"
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        def bare(x: Any) -> Any:
-            if isinstance(x, Noted):
-                return x.value()
-            return type(x)(map(bare, x)) if type(x) in (list, tuple) else x
-
-        return func(*map(bare, args), **{name: bare(value) for name, value in (kwargs or {}).items()})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Slab:
-    """A state for several keys at once: every field has a leading dim of len(keys)."""
-
-    keys: tuple[str, ...]
-    strategy: Fieldwise
-    state: State
-    result: torch.dtype
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Shown:
-    """A value that a forward pass showed for a key; `strategy`: the site's own, or None for the cache's."""
-
-    key: str
-    value: Value
-    strategy: Strategy | None = None
-
-
-@dataclass(slots=True)
-class _Join:
-    """What a `cat` is about to do, worked out in full before anything changes."""
-
-    same_layout: Arena | None = None
-    reduced: list[Slab] = field(default_factory=list)
-    alone: dict[str, Slab] = field(default_factory=dict)  # of `reduced`, those of one key, by key
-    entries: dict[str, RawEntry | KeptEntry] = field(default_factory=dict)
-    order: dict[str, None] = field(default_factory=dict)
-    samples: IntervalSet | None = None
-    reduced_keys: frozenset[str] = frozenset()
 
 
 class ActivationCache:
@@ -178,6 +85,7 @@ class ActivationCache:
         self._ledger = Ledger()
         self._kept_digest = 0
         self._pending: ActivationCache | None = None
+        self._keeps_lists = False  # a delta's plain functions are called once, by the merge
         self._num_samples = 0  # recorded without an index; an index given to `cat` has one entry for each
 
     # -- a dict of values --------------------------------------------------------------------------------------
@@ -191,13 +99,15 @@ class ActivationCache:
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._check_key(key)
-        self._remove(key)
+        self._forget(key)
+        if isinstance(value, Noted):
+            self._notes[key], value = value.info(), value.value()
         self._entries[key] = RawEntry([Value(value)])
 
     def __delitem__(self, key: str) -> None:
         if key not in self._entries:
             raise KeyError(self._unknown(key))
-        self._remove(key)
+        self._forget(key)
         del self._entries[key]
 
     def __contains__(self, key: object) -> bool:
@@ -240,10 +150,10 @@ class ActivationCache:
     def update(self, other: ActivationCache | Mapping[str, Any]) -> None:
         """Overwrite with another cache's or a dict's values. TypeError for anything else."""
         if isinstance(other, ActivationCache):
-            for key in other._entries:
-                self._remove(key)
-                self._entries.pop(key, None)
-            self._take_over(other)
+            if other is not self:
+                for key in other._entries:
+                    self._forget(key)
+                self._take_over(other)
         elif isinstance(other, Mapping):
             for key in other:
                 self._check_key(key)
@@ -261,18 +171,11 @@ class ActivationCache:
 
     def to(self, device: str | torch.device) -> ActivationCache:
         """Move every tensor, in nested values and in states too, in place; returns the cache."""
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", or whichever is current
         self._resolve_all()
         self._arena = self._arena.copy(device)
         for key, entry in list(self._entries.items()):
-            if isinstance(entry, RawEntry):
-                entry.values = [_moved(value, device) for value in entry.values]
-            elif isinstance(entry, KeptEntry):
-                if isinstance(entry.state, Rows):
-                    state: Any = Rows(Piece(p.value_n.to(device), p.columns) for p in entry.state.pieces)
-                else:
-                    state = [_moved(value, device) for value in entry.state]
-                self._set_kept(key, entry.strategy, state)
+            self._put(key, moved(entry, device))
         return self
 
     def cpu(self) -> ActivationCache:
@@ -292,42 +195,45 @@ class ActivationCache:
         twin = copy.copy(self)
         for key, entry in list(twin._entries.items()):
             if isinstance(entry, RawEntry):
-                entry.values = copy.deepcopy(entry.values, memo)
+                twin._entries[key] = copy.deepcopy(entry, memo)
+            elif isinstance(entry, KeptEntry) and isinstance(entry.state, Rows):
+                entry.state = Rows(Piece(piece.value_n.clone(), piece.columns) for piece in entry.state.pieces)
             elif isinstance(entry, KeptEntry):
-                pieces = entry.state.pieces if isinstance(entry.state, Rows) else None
-                if pieces is None:
-                    twin._set_kept(key, entry.strategy, copy.deepcopy(entry.state, memo))
-                else:
-                    twin._set_kept(key, entry.strategy, Rows(Piece(p.value_n.clone(), p.columns) for p in pieces))
+                entry.state = copy.deepcopy(entry.state, memo)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_plain, (codec.encode(self._to_plain()),)
 
     def _to_plain(self) -> dict[str, Any]:
-        """Everything but code as plain values; functions by the path they can be imported from, or ValueError."""
+        """Everything but code as plain values; functions by the path they can be imported from, or ValueError.
+
+        TypeError, naming the key, for a value that is neither plain nor a tensor.
+        """
         self._resolve_all()
         registry = []
         for pattern, strategy in self._registry.items():
             if isinstance(strategy, Function):
-                strategy.importable()
+                strategy.check_importable()
             registry.append([pattern, _plain(describe(strategy))])
         entries: list[list[Any]] = []
         tables: dict[int, tuple[int, Columns]] = {}
         for key, entry in self._entries.items():
             if isinstance(entry, RawEntry):
-                entries.append([key, "raw", [_value_to_plain(value, tables) for value in entry.values]])
+                entries.append([key, "raw", [_value_to_plain(key, value, tables) for value in entry.values]])
             elif isinstance(entry, KeptEntry):
-                strategy, state = _plain(describe(entry.strategy)), entry.state
-                if isinstance(state, Rows):
-                    pieces = [[p.value_n, _table(p.columns, tables)] for p in state.pieces]
-                    entries.append([key, "rows", strategy, pieces])
+                kept = _plain(describe(entry.strategy))
+                if isinstance(entry.state, Rows):
+                    pieces = [[piece.value_n, _table(piece.columns, tables)] for piece in entry.state.pieces]
+                    entries.append([key, "rows", kept, pieces])
                 else:
-                    entries.append([key, "list", strategy, [_value_to_plain(value, tables) for value in state]])
+                    values = [_value_to_plain(key, value, tables) for value in entry.state]
+                    entries.append([key, "list", kept, values])
             else:
                 held = self._arena.entries[key]
-                state = {name: tensor.clone() for name, tensor in self._arena.state(key).items()}
-                entries.append([key, "fields", _plain(describe(held.strategy)), state, held.schema.result])
+                entries.append(
+                    [key, "fields", _plain(describe(held.strategy)), self._arena.state(key), held.schema.result]
+                )
         return {
             "registry": registry,
             "entries": entries,
@@ -346,18 +252,22 @@ class ActivationCache:
         `resid_out_10`. `strategy`: an object, its name, or any function of a list of values. ValueError if a
         key that the pattern decides holds a state of another strategy already.
         """
+        self._check_key(key_pattern)
         chosen = as_strategy(strategy)
+        strategy_facts(chosen)  # raises for one that ranks could not compare
         registry = {**self._registry, key_pattern: chosen}
-        for key in self._entries:
-            held = self._state_strategy(key)
-            if held is None or not _matches(key_pattern, key):
-                continue
-            if _registered(registry, key) is chosen and chosen != held:
-                raise ValueError(
-                    f"cannot register {chosen} for {key_pattern!r}: {key!r} already holds a state of {held}. "
-                    "Register strategies before the first cat, or delete the key."
-                )
-        self._registry = registry
+        caches = [self] if self._pending is None else [self, self._pending]
+        for cache in caches:
+            for key in cache._entries:
+                held = cache._state_strategy(key) if matches(key_pattern, key) else None
+                decides = held is not None and _registered(registry, key) is chosen
+                if decides and chosen != held and not isinstance(chosen, Default):
+                    raise ValueError(
+                        f"cannot register {chosen} for {key_pattern!r}: {key!r} already holds a state of {held}. "
+                        "Register strategies before the first cat, or delete the key."
+                    )
+        for cache in caches:
+            cache._registry = registry
 
     @staticmethod
     def default_aggregation(values: list[Any]) -> Any:
@@ -380,22 +290,18 @@ class ActivationCache:
             )
         if not external:
             return
-        reference = self._entries or (self._pending._entries if self._pending is not None else {})
+        target = self._receiving
+        reference = self._entries or target._entries
         if reference and reference.keys() != external._entries.keys():
-            mine, theirs = (
-                reference.keys() - external._entries.keys(),
-                external._entries.keys() - reference.keys(),
-            )
+            mine, theirs = reference.keys() - external._entries.keys(), external._entries.keys() - reference.keys()
             raise ValueError(
                 f"cannot cat caches with other keys: the external one lacks {sorted(mine)}, "
                 f"this one lacks {sorted(theirs)}."
             )
-        if self._pending is not None:
-            self._pending._absorb(external, whole_lists=True)
-        elif not self._entries:
-            self._take_over(external)
+        if target:
+            target._absorb(external)
         else:
-            self._absorb(external)
+            target._take_over(external)
 
     @contextlib.contextmanager
     def deferred_mode(self) -> Iterator[ActivationCache]:
@@ -405,20 +311,24 @@ class ActivationCache:
         """
         if self._pending is not None:
             raise RuntimeError("deferred_mode is open already: end the outer block first.")
-        self._pending = ActivationCache()
-        self._pending._registry = self._registry
+        self._pending = self._collecting()
         try:
             yield self
             pending = self._pending
-            if not pending:
-                return
-            if not self._entries:
-                self._take_over(pending)
-                self._finish_functions(self)
+            if self._entries:
+                self._absorb(pending)
             else:
-                self._absorb(pending, whole_lists=True, finish=True)
+                pending._call_functions()
+                self._take_over(pending)
         finally:
             self._pending = None
+
+    def _collecting(self) -> ActivationCache:
+        """An empty cache with the same registrations, in which functions of a list collect their values."""
+        pending = ActivationCache()
+        pending._registry = self._registry
+        pending._keeps_lists = True
+        return pending
 
     def add(
         self,
@@ -428,27 +338,31 @@ class ActivationCache:
         weight: float | Tensor | None = None,
         **columns: Tensor,
     ) -> None:
-        """Fold one value into the key's state by its strategy.
+        """Fold one value into the key's state by its strategy; in deferred mode, note it for the block's end.
 
         `index`: the samples' indices in the data set, one per sample. `weight`: a number, or one per sample or
-        element. `columns`: tensors [n] that are kept beside the rows of a concatenation.
+        element. `columns`: tensors [n] that are kept beside the rows of a concatenation, one row per sample.
+        ValueError, TypeError, `SchemaMismatch` for what doesn't fit; nothing has changed then.
         """
         self._check_key(key)
-        one = ActivationCache()
+        if "sample" in columns:
+            raise ValueError("the samples' numbers are given as index=, not as a column.")
         known = None
         if columns:
-            n = len(next(iter(columns.values())))
-            rows = torch.arange(n) if index is None else samples_of(index)
-            known = Columns(
-                {"sample": rows, "position": torch.zeros(n, dtype=torch.int64), **columns}, index is not None
-            )
-            if any(len(column) != len(rows) for column in columns.values()):
-                raise ValueError(
-                    f"columns of {key!r} have lengths { {k: len(v) for k, v in columns.items()} }, expected {n}."
-                )
-        scaled = None if weight is None else torch.as_tensor(weight, dtype=torch.float64)
-        one._entries[key] = RawEntry([Value(value, columns=known, weight=scaled)])
-        self._absorb(one, index=None if known is not None else index, whole_lists=self._pending is not None)
+            lengths = {name: len(column) for name, column in columns.items()}
+            n = next(iter(lengths.values()))
+            if any(length != n for length in lengths.values()):
+                raise ValueError(f"columns of {key!r} differ in length: {lengths}.")
+            entry = self._receiving._held(key)
+            before = entry.state.num_rows if isinstance(entry, KeptEntry) and isinstance(entry.state, Rows) else 0
+            sample = torch.arange(n) if index is not None else torch.arange(before, before + n)
+            by_name = {name: torch.as_tensor(column).detach().cpu() for name, column in columns.items()}
+            known = Columns({"sample": sample, "position": torch.zeros(n, dtype=torch.int64), **by_name})
+        one = ActivationCache()
+        given = None if weight is None else torch.as_tensor(weight, dtype=torch.float64)
+        one._entries[key] = RawEntry([Value(value, columns=known, weight=given)])
+        one._num_samples = 0 if known is None or index is None else len(known)
+        self._receiving._absorb(one, index=index)
 
     # -- what is behind a value --------------------------------------------------------------------------------
 
@@ -457,28 +371,34 @@ class ActivationCache:
 
         Of a concatenation, its number of rows. ValueError for a value that no strategy has reduced.
         """
-        entry = self._resolved(key)
-        if isinstance(entry, KeptEntry) and isinstance(entry.state, Rows):
-            return torch.tensor(len(entry.strategy.finalize(entry.state).movedim(_row_dim(entry.strategy), 0)))
-        if entry is not REDUCED or "count" not in self._arena.entries[key].slots:
+        rows = self._rows(key)
+        if rows is not None:
+            return torch.tensor(rows.num_rows)
+        if self._entries[key] is not REDUCED or "count" not in self._arena.entries[key].slots:
             raise ValueError(f"{key!r} is not a reduced value, so nothing was counted behind it.")
-        count = self._arena.state(key)["count"]
-        value = self._value(key)
-        shape = value["mean"].shape if isinstance(value, dict) else value.shape
-        cut = count[tuple(slice(n) for n in shape[: count.dim()])] if count.dim() else count
-        return cut.clone()
+        count, value = self._arena.state(key)["count"], self._value(key)
+        shape = max((tensor.shape for tensor in leaves(value)), key=len)
+        return count[tuple(map(slice, shape[: count.dim()]))].clone()
 
     def rows(self, key: str) -> dict[str, Tensor]:
         """Columns aligned to the rows of a concatenation: sample, position, and what was recorded beside.
 
         Empty where nothing is known of them. ValueError for a value that isn't made of rows.
         """
-        entry = self._resolved(key)
-        if isinstance(entry, RawEntry) and all(value.rows for value in entry.values):
-            return dict(Rows(Piece(value.data, value.columns) for value in entry.values).columns())
-        if isinstance(entry, KeptEntry) and isinstance(entry.state, Rows):
-            return dict(entry.state.columns())
-        raise ValueError(f"{key!r} is not a concatenation: it has no rows.")
+        rows = self._rows(key)
+        if rows is None:
+            raise ValueError(f"{key!r} is not a concatenation: it has no rows.")
+        return dict(rows.columns())
+
+    def _rows(self, key: str) -> Rows | None:
+        """The rows of a key, in the order in which they are read; None if it isn't made of rows."""
+        self._value(key)
+        entry = self._entries[key]
+        if isinstance(entry, KeptEntry):
+            return entry.state if isinstance(entry.state, Rows) else None
+        if isinstance(entry, RawEntry) and entry.values[0].rows and isinstance(entry.values[0].data, Tensor):
+            return Rows([Piece(entry.values[0].data, entry.values[0].columns)])
+        return None
 
     def explain(self) -> dict[str, Explained]:
         """Per key: strategy, state fields, the collective that merges it, dtype and bytes."""
@@ -493,24 +413,24 @@ class ActivationCache:
                 found[key] = Explained(repr(held.strategy), fields, "all_reduce", held.schema.fields[0].dtype, nbytes)
             elif isinstance(entry, KeptEntry):
                 rows = isinstance(entry.state, Rows)
-                tensors = [p.value_n for p in entry.state.pieces] if rows else _leaves([v.data for v in entry.state])
+                tensors = [p.value_n for p in entry.state.pieces] if rows else leaves([v.data for v in entry.state])
                 dtype = entry.schema.dtype or "any"
                 name, collective = ("rows", "broadcast of rows") if rows else ("values", "broadcast of encoded values")
                 nbytes = sum(t.nbytes for t in tensors)
                 found[key] = Explained(repr(entry.strategy), (name,), collective, dtype, nbytes)
             else:
                 assert isinstance(entry, RawEntry)
-                tensors = _leaves([value.data for value in entry.values])
-                strategy = self._strategy(key, entry.values[0])
+                tensors = leaves([value.data for value in entry.values])
+                strategy = self._join().strategy(key, entry.values[0])
                 dtype = codec.dtype_name(tensors[0].dtype) if tensors else type(entry.values[0].data).__name__
                 found[key] = Explained(repr(strategy), (), None, dtype, sum(t.nbytes for t in tensors))
         return found
 
     def save(self, path: str | PathLike[str], **info: str) -> None:
         """Write the cache to a new folder: safetensors and a JSON manifest, published by one rename. See `dc.load`."""
-        from distcache import store  # above this module in the import order, so only when asked
+        from distcache.store import save  # above this module in the import order, so only when asked
 
-        store.save(self, path, info=info)
+        save(self, path, info=info)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -541,94 +461,110 @@ class ActivationCache:
         return entry
 
     def _resolve_all(self) -> None:
-        for key in list(self._entries):
+        for key in [key for key, entry in self._entries.items() if isinstance(entry, LazyEntry)]:
             self._resolved(key)
+
+    def _held(self, key: str) -> RawEntry | KeptEntry | ReducedEntry | None:
+        return self._resolved(key) if key in self._entries else None
 
     def _value(self, key: str) -> Any:
         entry = self._resolved(key)
         if isinstance(entry, RawEntry):
-            if len(entry.values) > 1:  # recorded in several forward passes
-                rows = Rows(Piece(value.data, value.columns) for value in entry.values)
-                columns = Columns(rows.columns(), bool(rows.indexed)) if rows.columns() else None
-                entry.values = [Value(rows.joined(), rows=True, columns=columns)]
-            return entry.values[0].data
+            return self._raw_value(key, entry)
         if isinstance(entry, KeptEntry):
-            if isinstance(entry.state, Rows) and (len(entry.state.pieces) > 1 or entry.state.order() is not None):
-                joined = entry.state.joined()
-                known = entry.state.columns()
-                columns = Columns(known, bool(entry.state.indexed)) if known else None
-                entry.state = Rows([Piece(joined, columns)])
+            if isinstance(entry.state, Rows):
+                entry.state = entry.state.together()
             return entry.strategy.finalize(entry.state)
-        held = self._arena.entries[key]
+        held, state = self._arena.entries[key], self._arena.state(key)
         result = codec.dtype_named(held.schema.result or "float32")
-        value = held.strategy.finalize(self._arena.state(key))
-        if isinstance(value, dict):
-            return {name: _as_result(tensor, result) for name, tensor in value.items()}
-        return _as_result(value, result)
+        chunks = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
 
-    def _by_site(self, site: str, layer: int | slice) -> Tensor:
+        def own(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point():
+                tensor = tensor.to(result if result.is_floating_point else torch.float32)
+            elif not result.is_floating_point:
+                tensor = tensor.to(result)
+            return tensor.clone() if tensor.untyped_storage().data_ptr() in chunks else tensor
+
+        value = held.strategy.finalize(state)
+        if isinstance(value, dict):
+            return {name: own(tensor) for name, tensor in value.items()}
+        return own(value) if isinstance(value, Tensor) else value
+
+    def _raw_value(self, key: str, entry: RawEntry) -> Any:
+        """A value as it was set; recorded ones, of one or several forward passes, in the samples' order."""
+        first = entry.values[0]
+        if len(entry.values) == 1 and not first.rows:
+            return first.data
+        strategy = Default().resolve(first)
+        state = taken(strategy, entry.values, key)
+        if not isinstance(state, Rows):
+            return strategy.finalize(state)
+        piece = state.together().pieces[0]
+        entry.values = [Value(piece.value_n, rows=True, columns=piece.columns)]
+        return piece.value_n
+
+    def _by_site(self, *place: Any) -> Any:
+        site, layer = place if len(place) == 2 else (None, None)
+        if not isinstance(site, str) or not isinstance(layer, (int, slice)):
+            raise KeyError(f"no key {place!r}: give a key, (site, layer) or (site, :).")
         by_layer: dict[int, list[tuple[int, str]]] = {}
         for key in self._entries:
             match = _SITE_KEY.match(key)
             if match and match["site"] == site:
                 by_layer.setdefault(int(match["layer"]), []).append((int(match["head"] or -1), key))
-        layers = sorted(by_layer)
-        if isinstance(layer, slice):
-            wanted = layers[layer] if layers == list(range(len(layers))) else [
-                n for n in layers if n in range(*layer.indices(layers[-1] + 1))
-            ] if layers else []  # fmt: skip
-        else:
-            wanted = [layer] if layer in by_layer else []
-        if not wanted:
-            raise KeyError(f"no layer {layer} of site {site!r}: the cache has its layers {layers}.")
-        stacked = []
-        for n in wanted:
-            values = [self._value(key) for _, key in sorted(by_layer[n])]
-            heads = sorted(by_layer[n])[0][0] >= 0
-            stacked.append(torch.stack(values) if heads else values[0])
-        return torch.stack(stacked) if isinstance(layer, slice) else stacked[0]
-
-    def _strategy(self, key: str, value: Value) -> Strategy:
-        return (_registered(self._registry, key) or Default()).resolve(value)
+        wanted = range(max(by_layer, default=-1) + 1)[layer] if isinstance(layer, slice) else [layer]
+        found = [n for n in wanted if n in by_layer]
+        if not found:
+            raise KeyError(f"no layer {layer} of site {site!r}: the cache has its layers {sorted(by_layer)}.")
+        values = []
+        for n in found:
+            heads = sorted(by_layer[n])
+            alone = heads[0][0] < 0
+            values.append(self._value(heads[0][1]) if alone else _stacked([self._value(key) for _, key in heads], site))
+        return _stacked(values, site) if isinstance(layer, slice) else values[0]
 
     def _state_strategy(self, key: str) -> Strategy | None:
-        entry = self._resolved(key) if key in self._entries else None
+        entry = self._held(key)
         if entry is REDUCED:
             return self._arena.entries[key].strategy
         return entry.strategy if isinstance(entry, KeptEntry) else None
 
-    def _remove(self, key: str) -> None:
-        """Drop a key's state and note, keeping its place among the keys."""
-        entry = self._entries.get(key)
-        if entry is REDUCED:
-            self._arena.drop(key)
-        elif isinstance(entry, KeptEntry):
-            self._kept_digest = (self._kept_digest - entry.schema.digest) % DIGEST_MODULUS
-        self._notes.pop(key, None)
+    def _forget(self, key: str) -> None:
+        """Drop what is known of a key, keeping its place among the keys."""
+        if key in self._entries:
+            self._put(key, RawEntry([]))
+            self._notes.pop(key, None)
+            self._ledger.forget(key)
 
-    def _set_kept(self, key: str, strategy: Strategy, state: Any) -> None:
+    def _put(self, key: str, entry: Entry) -> None:
+        """Put an entry in the place of what is there, keeping the arena and the digest in step."""
         old = self._entries.get(key)
-        schema = _kept_schema(key, strategy, state)
+        if old is REDUCED and entry is not REDUCED:
+            self._arena.drop(key)
         if isinstance(old, KeptEntry):
             self._kept_digest -= old.schema.digest
-        self._kept_digest = (self._kept_digest + schema.digest) % DIGEST_MODULUS
-        self._entries[key] = KeptEntry(strategy, state, schema)
+        if isinstance(entry, KeptEntry):
+            self._kept_digest += entry.schema.digest
+        self._kept_digest %= DIGEST_MODULUS
+        self._entries[key] = entry
+
+    def _set_kept(self, key: str, strategy: Strategy, state: Any) -> None:
+        self._put(key, KeptEntry.of(key, strategy, state))
 
     def _take_over(self, other: ActivationCache) -> None:
-        """Add copies of the other's entries, none of whose keys this cache has; values are shared, states aren't."""
+        """Add copies of the other's entries, which hold nothing here; values are shared, states aren't."""
         other._resolve_all()
-        if len(self._arena):
-            self._arena.fold_arena(other._arena)
-        elif len(other._arena):
-            self._arena = other._arena.copy()
+        self._arena.fold_arena(other._arena)
+        renumber = Renumber(first=self._num_samples)
         for key, entry in other._entries.items():
             if isinstance(entry, RawEntry):
-                self._entries[key] = RawEntry(list(entry.values))
+                self._put(key, RawEntry([renumber.value(value) for value in entry.values]))
             elif isinstance(entry, KeptEntry):
-                state = Rows(entry.state.pieces) if isinstance(entry.state, Rows) else list(entry.state)
-                self._set_kept(key, entry.strategy, state)
+                state = renumber.state(copied(entry.state), key)
+                self._put(key, KeptEntry(entry.strategy, state, entry.schema))
             else:
-                self._entries[key] = entry
+                self._put(key, entry)
         self._notes.update(other._notes)
         self._ledger.add_all(other._ledger)
         self._num_samples += other._num_samples
@@ -644,49 +580,69 @@ class ActivationCache:
         """Fold a state, with a leading dim of len(keys), into keys of one slab; make room first if they're new."""
         if not leading:
             state = {name: tensor.unsqueeze(0) for name, tensor in state.items()}
-        if keys[0] not in self._arena:
-            shapes = {name: tuple(tensor.shape[1:]) for name, tensor in state.items()}
-            dtypes = strategy.accumulators({name: tensor.dtype for name, tensor in state.items()})
-            device = next(iter(state.values())).device
-            self._arena.reserve(keys, strategy, shapes, dtypes, result, device)
-        self._arena.fold(keys, state, result)
+        self._arena.make_room(keys, strategy, state, result)
+        self._arena.fold(keys, state)
         for key in keys:
             self._entries[key] = REDUCED
 
-    def _absorb(
-        self,
-        other: ActivationCache,
-        *,
-        index: Any = None,
-        whole_lists: bool = False,
-        finish: bool = False,
-    ) -> None:
+    def _join(self) -> Join:
+        return Join(self._arena, self._held, self._registry, self._keeps_lists)
+
+    def _absorb(self, other: ActivationCache, *, index: Any = None) -> None:
         """Fold another cache's keys into this one's: their union; all or nothing.
 
-        `index`: the samples' indices, for an `other` that has none. `whole_lists`: plain functions collect
-        their values instead of folding pairwise; `finish`: they are called on the whole list now.
+        `index`: the samples' indices, for an `other` that has none.
         """
         other._resolve_all()
-        join = self._plan_join(other, index, whole_lists and not finish)
-        self._apply(join)
-        self._notes.update({key: note for key, note in other._notes.items() if key not in self._notes})
-        self._ledger.add_all(other._ledger)
-        self._num_samples += other._num_samples
-
-    def _apply(self, join: _Join) -> None:
-        if join.same_layout is not None:
-            self._arena.fold_arena(join.same_layout)
-        for key in join.order:  # new keys come in the other's order
-            self._entries.setdefault(key, REDUCED)
-        for slab in join.reduced:
-            self._put_state(slab.keys, slab.strategy, slab.state, slab.result)
-        for key, entry in join.entries.items():
+        samples = None if index is None else samples_of(index)
+        if samples is not None and other._num_samples and len(samples) != other._num_samples:
+            raise ValueError(f"index has {len(samples)} entries, the cache holds {other._num_samples} samples.")
+        if samples is not None and other._ledger:
+            raise ValueError("the cache was recorded with an index already: leave out index=.")
+        join, renumber = self._join(), Renumber(samples, self._num_samples)
+        if len(other._arena):
+            join.add_arena(other._arena)
+        for key, entry in other._entries.items():
             if isinstance(entry, KeptEntry):
-                self._set_kept(key, entry.strategy, entry.state)
-            else:
-                self._entries[key] = entry
-        if join.samples is not None:
-            self._ledger.add(join.reduced_keys, join.samples)
+                join.add_kept(key, entry, renumber)
+            elif isinstance(entry, RawEntry):
+                join.add_values(key, entry.values, None, renumber)
+        ledger = other._ledger if samples is None else _ledger_of(join.reduced, samples)
+        self._ledger.check_all(ledger)
+        self._apply(join, other._entries)
+        self._ledger.add_all(ledger)
+        self._notes.update({key: note for key, note in other._notes.items() if key not in self._notes})
+        if samples is None:
+            self._num_samples += other._num_samples
+
+    def _apply(self, join: Join, order: Iterable[str]) -> None:
+        """Do what was planned; new keys come in the given order."""
+        made: list[str] = []
+        try:  # what may fail for want of memory comes before the first change
+            for slab in join.slabs:
+                made.extend(self._arena.make_room(slab.keys, slab.strategy, slab.state, slab.result))
+        except BaseException:
+            for key in made:
+                self._arena.drop(key)
+            raise
+        if join.whole is not None:
+            self._arena.fold_arena(join.whole)
+        coming = {*join.reduced, *join.new, *join.raw}
+        for key in order:
+            if key in coming:
+                self._entries.setdefault(key, RawEntry([]))
+        for slab in join.slabs:
+            self._arena.fold(slab.keys, slab.state)
+        for key in join.reduced:
+            self._entries[key] = REDUCED
+        for entry, state in join.grown:
+            entry.strategy.fold_(entry.state, state)
+        for key, fresh in join.new.items():
+            self._put(key, fresh)
+        for key, values in join.raw.items():
+            raw = self._entries[key]
+            assert isinstance(raw, RawEntry)
+            raw.values.extend(values)
 
     @property
     def _receiving(self) -> ActivationCache:
@@ -707,178 +663,26 @@ class ActivationCache:
         `order`: of new keys, which need not all have been shown. `samples`: the samples' indices, int64 [B], if they
         have any. `raw`: values without a strategy stay values, so that the cache they are merged into decides.
         """
-        join = _Join(samples=None if samples is None else IntervalSet.of(samples))
-        there = {key for slab in slabs for key in slab.keys}.union(one.key for one in shown)
-        join.order = dict.fromkeys(key for key in order if key in there)
-        keys: list[str] = []
+        join, renumber = self._join(), Renumber()
         for slab in slabs:
-            keys.extend(slab.keys)
-            self._plan_slab(join, slab)
-        values = []
+            join.add_slab(slab)
         for one in shown:
-            mine = self._resolved(one.key) if one.key in self._entries else None
-            if raw and one.strategy is None and not isinstance(mine, KeptEntry):
-                values.append(one)
-                continue
-            strategy = one.strategy or self._state_strategy(one.key) or self._strategy(one.key, one.value)
-            if self._plan_key(join, one.key, strategy, mine, RawEntry([one.value]), _Indexer(None), True):
-                keys.append(one.key)
-        join.reduced_keys = frozenset(keys)
-        if join.samples is not None:
-            self._ledger.check(join.reduced_keys, join.samples)
-        self._apply(join)
-        for one in values:
-            entry = self._entries[one.key]
-            if isinstance(entry, RawEntry):
-                entry.values.append(one.value)
-            else:  # the place that `order` has kept for a new key
-                self._entries[one.key] = RawEntry([one.value])
+            if raw and one.strategy is None and not isinstance(self._held(one.key), KeptEntry):
+                join.raw.setdefault(one.key, []).append(one.value)
+            else:
+                join.add_values(one.key, [one.value], one.strategy, renumber)
+        ledger = Ledger() if samples is None else _ledger_of(join.reduced, samples)
+        self._ledger.check_all(ledger)
+        self._apply(join, order)
+        self._ledger.add_all(ledger)
         if samples is None:
             self._num_samples += num_samples
 
-    def _plan_join(self, other: ActivationCache, index: Any, collect: bool) -> _Join:
-        samples = None if index is None else samples_of(index)
-        if samples is not None and other._num_samples and len(samples) != other._num_samples:
-            raise ValueError(f"index has {len(samples)} entries, the cache holds {other._num_samples} samples.")
-        join = _Join(samples=None if samples is None else IntervalSet.of(samples))
-        columns = _Indexer(samples)
-        reduced = []
-        arena = other._arena
-        if (
-            len(arena)
-            and arena.layout_digest == self._arena.layout_digest
-            and arena.content_digest == self._arena.content_digest
-        ):
-            join.same_layout = arena
-            reduced.extend(arena.entries)
-        else:
-            for slab in arena.slabs():
-                self._plan_arena_slab(join, arena, slab)
-                reduced.extend(slab)
-        for key, entry in other._entries.items():
-            join.order[key] = None
-            if entry is REDUCED:
-                continue
-            mine = self._resolved(key) if key in self._entries else None
-            first = entry.values[0] if isinstance(entry, RawEntry) else None
-            strategy = self._state_strategy(key)
-            if isinstance(entry, KeptEntry):
-                if strategy is not None and strategy != entry.strategy:
-                    raise SchemaMismatch(
-                        f"cannot merge {key!r}: it holds a state of {strategy}, got one of {entry.strategy}."
-                    )
-                strategy = entry.strategy
-            elif strategy is None:
-                assert first is not None
-                strategy = self._strategy(key, mine.values[0] if isinstance(mine, RawEntry) else first)
-            try:
-                done = self._plan_key(join, key, strategy, mine, entry, columns, collect)
-            except (TypeError, ValueError) as error:
-                if isinstance(error, SchemaMismatch) or repr(key) in str(error):
-                    raise
-                raise type(error)(f"cannot merge {key!r}: {error}") from error
-            if done:
-                reduced.append(key)
-        join.reduced_keys = frozenset(reduced)
-        if join.samples is not None:
-            if other._ledger:
-                raise ValueError("the cache was recorded with an index already: leave out index=.")
-            self._ledger.check(join.reduced_keys, join.samples)
-        self._ledger.check_all(other._ledger)
-        return join
-
-    def _plan_arena_slab(self, join: _Join, arena: Arena, keys: tuple[str, ...]) -> None:
-        entry = arena.entries[keys[0]]
-        result = codec.dtype_named(entry.schema.result or "float32")
-        together = arena.slab(keys)
-        if together is not None:
-            self._plan_slab(join, Slab(keys, entry.strategy, together, result))
-            return
-        for key in keys:
-            self._plan_slab(join, Slab((key,), entry.strategy, _one(arena.state(key)), result))
-
-    def _plan_slab(self, join: _Join, slab: Slab) -> None:
-        known = {key for key in slab.keys if key in self._entries}
-        for key in known:
-            mine = self._resolved(key)
-            if isinstance(mine, KeptEntry):
-                raise SchemaMismatch(
-                    f"cannot merge {key!r}: it holds a state of {mine.strategy}, got one of {slab.strategy}."
-                )
-            if isinstance(mine, RawEntry):
-                self._plan_values(join, key, slab.strategy, mine.values)
-            else:
-                fields = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in slab.state.items()}
-                self._arena.check(key, slab.strategy, fields, slab.result)
-        together = not known or (known == set(slab.keys) and not any(key in join.alone for key in known))
-        if together:
-            join.reduced.append(slab)
-            return
-        for k, key in enumerate(slab.keys):
-            state = {name: tensor[k] for name, tensor in slab.state.items()}
-            self._plan_state(join, key, slab.strategy, state, slab.result)
-
-    def _plan_values(self, join: _Join, key: str, strategy: Fieldwise, values: Iterable[Value]) -> None:
-        for value in values:
-            self._plan_state(join, key, strategy, strategy.take(value), strategy.result_dtype(_dtype_of(value)))
-
-    def _plan_state(self, join: _Join, key: str, strategy: Fieldwise, state: State, result: torch.dtype) -> None:
-        """Plan to fold one state of one key, checked against what is held and what is planned for it."""
-        before = join.alone.get(key)
-        if before is not None:
-            if result != before.result or set(before.state) != set(state):
-                raise SchemaMismatch(
-                    f"cannot merge {key!r}: its values differ in dtype ({before.result}, {result}) or weight."
-                )
-            before.state.update(_one(strategy.combine({name: t[0] for name, t in before.state.items()}, state)))
-            return
-        if key in self._arena:
-            fields = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-            self._arena.check(key, strategy, fields, result)
-        join.alone[key] = Slab((key,), strategy, _one(state), result)
-        join.reduced.append(join.alone[key])
-
-    def _plan_key(
-        self,
-        join: _Join,
-        key: str,
-        strategy: Strategy,
-        mine: Entry | None,
-        entry: RawEntry | KeptEntry | LazyEntry | ReducedEntry,
-        columns: _Indexer,
-        collect: bool,
-    ) -> bool:
-        """Plan one key; True if it is a reduction."""
-        own = mine.values if isinstance(mine, RawEntry) else []
-        assert isinstance(entry, (RawEntry, KeptEntry))
-        if isinstance(strategy, Fieldwise):
-            assert isinstance(entry, RawEntry)
-            self._plan_values(join, key, strategy, [*own, *entry.values])
-            return True
-        state = mine.state if isinstance(mine, KeptEntry) else None
-        for value in own:
-            state = _combined(strategy, state, strategy.take(value))
-        if isinstance(entry, KeptEntry):
-            state = _combined(strategy, state, columns.state(entry.state), key)
-        else:
-            for value in entry.values:
-                state = _combined(strategy, state, _checked(strategy.take(columns.value(value)), key), key)
-        if isinstance(strategy, Function) and not collect:
-            join.entries[key] = RawEntry([Value(strategy.finalize(state))])
-        else:
-            join.entries[key] = KeptEntry(strategy, state, _kept_schema(key, strategy, state))
-        return False
-
-    def _finish_functions(self, cache: ActivationCache) -> None:
+    def _call_functions(self) -> None:
         """Call plain functions on the lists they have collected."""
-        for key, entry in list(cache._entries.items()):
+        for key, entry in list(self._entries.items()):
             if isinstance(entry, KeptEntry) and isinstance(entry.strategy, Function):
-                value = entry.strategy.finalize(entry.state)
-                note = cache._notes.get(key)
-                cache._remove(key)
-                cache._entries[key] = RawEntry([Value(value)])
-                if note is not None:
-                    cache._notes[key] = note
+                self._put(key, RawEntry([Value(entry.strategy.finalize(entry.state))]))
 
     # -- what the merge asks of a delta ------------------------------------------------------------------------
 
@@ -897,136 +701,26 @@ class ActivationCache:
         return {key: entry for key, entry in self._entries.items() if isinstance(entry, KeptEntry)}
 
 
-class _Indexer:
-    """Gives values the indices of their samples; columns that keys share stay shared."""
-
-    def __init__(self, samples: Tensor | None) -> None:
-        self.samples = samples
-        self._done: dict[int, tuple[Columns, Columns]] = {}
-        self._bare: Columns | None = None
-
-    def columns(self, columns: Columns | None) -> Columns | None:
-        if self.samples is None:
-            return columns
-        if columns is None:
-            if self._bare is None:
-                self._bare = Columns({"sample": self.samples, "position": torch.zeros_like(self.samples)}, True)
-            return self._bare
-        if columns.indexed:
-            raise ValueError("its rows carry an index already: leave out index=.")
-        if id(columns) not in self._done:
-            sample = self.samples[columns.by_name["sample"]]
-            self._done[id(columns)] = (columns, Columns({**columns.by_name, "sample": sample}, True))
-        return self._done[id(columns)][1]
-
-    def value(self, value: Value) -> Value:
-        if self.samples is None:
-            return value
-        return Value(value.data, value.rows, self.columns(value.columns), value.weight)
-
-    def state(self, state: Any) -> Any:
-        if self.samples is None:
-            return state
-        if not isinstance(state, Rows):
-            return [self.value(value) for value in state]
-        if all(piece.columns is None for piece in state.pieces):
-            if state.num_rows != len(self.samples):
-                raise ValueError(f"index has {len(self.samples)} entries for {state.num_rows} rows.")
-            joined = Rows([Piece(state.joined(), self.columns(None))])
-            return joined
-        return Rows(Piece(piece.value_n, self.columns(piece.columns)) for piece in state.pieces)
+def _ledger_of(keys: Sequence[str], samples: Tensor) -> Ledger:
+    """What reductions of these keys have seen. `DuplicateSamples` if one index comes twice."""
+    ledger, seen = Ledger(), IntervalSet.of(samples)
+    if keys and len(seen) < len(samples):
+        raise DuplicateSamples(
+            f"{len(samples) - len(seen)} sample(s) would count twice in {len(keys)} reduction(s) such as {keys[0]!r}: "
+            f"index has {len(samples)} entries, of which {len(seen)} differ. Give one index per sample."
+        )
+    ledger.add(frozenset(keys), seen)
+    return ledger
 
 
-def _combined(strategy: Strategy, mine: Any, theirs: Any, key: str = "") -> Any:
-    if mine is None:
-        return theirs
-    if isinstance(mine, Rows):
-        mine.check_joins(theirs, key)
-    return strategy.combine(mine, theirs)
-
-
-def _checked(state: Any, key: str) -> Any:
-    """The state, if its columns have one entry for each of its rows."""
-    if isinstance(state, Rows):
-        for piece in state.pieces:
-            if piece.columns is not None and len(piece.columns) != len(piece.value_n):
-                raise ValueError(
-                    f"cannot order {key!r}: index has {len(piece.columns)} entries for {len(piece.value_n)} rows. "
-                    "Give one index per sample."
-                )
-    else:
-        for value in state:
-            codec.check_plain(value.data, key)
-    return state
-
-
-def _kept_schema(key: str, strategy: Strategy, state: Any) -> KeySchema:
-    facts = strategy_facts(strategy)
-    if isinstance(state, Rows):
-        head = state.head.value_n
-        row_shape, dtype = tuple(head.shape[1:]), codec.dtype_name(head.dtype)
-        return KeySchema(key, "rows", facts, row_shape=row_shape, dtype=dtype, device=head.device.type)
-    return KeySchema(key, "list", facts)
-
-
-def _row_dim(strategy: Strategy) -> int:
-    return strategy.dim if isinstance(strategy, Rowwise) and isinstance(strategy.dim, int) else 0
-
-
-def _one(state: State) -> State:
-    """A state as a slab of one key."""
-    return {name: tensor.unsqueeze(0) for name, tensor in state.items()}
-
-
-def _dtype_of(value: Value) -> torch.dtype:
-    """The dtype of a value that a reduction takes; Python's floats count as float64."""
-    data = value.data.value if isinstance(value.data, Weighted) else value.data
-    return data.dtype if isinstance(data, Tensor) else torch.float64 if isinstance(data, float) else torch.int64
-
-
-def _as_result(tensor: Tensor, result: torch.dtype) -> Tensor:
-    if tensor.is_floating_point() == result.is_floating_point:
-        tensor = tensor.to(result)
-    return tensor.clone() if tensor._is_view() else tensor
-
-
-def _matches(pattern: str, key: str) -> bool:
-    if not key.startswith(pattern):
-        return False
-    rest = key[len(pattern) :]
-    return not (pattern[-1:].isdigit() and rest[:1].isdigit())
-
-
-def _registered(registry: Mapping[str, Strategy], key: str) -> Strategy | None:
-    if key in registry:
-        return registry[key]
-    found = [pattern for pattern in registry if _matches(pattern, key)]
-    return registry[max(found, key=len)] if found else None
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [leaf for item in value.values() for leaf in _leaves(item)]
-    if isinstance(value, (list, tuple)):
-        return [leaf for item in value for leaf in _leaves(item)]
-    return []
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _to_device(item, device) for name, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_to_device(item, device) for item in value)
-    return value
-
-
-def _moved(value: Value, device: torch.device) -> Value:
-    weight = None if value.weight is None else value.weight.to(device)
-    return Value(_to_device(value.data, device), value.rows, value.columns, weight)
+def _stacked(values: Sequence[Any], site: str) -> Any:
+    """Tensors side by side [n, …]; of dicts of tensors (moments) each. ValueError if they differ in shape."""
+    if all(isinstance(value, dict) for value in values):
+        return {name: _stacked([value[name] for value in values], site) for name in values[0]}
+    shapes = {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values}
+    if len(shapes) > 1 or not isinstance(values[0], Tensor):
+        raise ValueError(f"cannot stack the values of site {site!r}: expected tensors of one shape, got {shapes}.")
+    return torch.stack(list(values))
 
 
 def _plain(description: dict[str, Any]) -> dict[str, Any]:
@@ -1039,11 +733,12 @@ def _table(columns: Columns | None, tables: dict[int, tuple[int, Columns]]) -> i
     return tables.setdefault(id(columns), (len(tables), columns))[0]
 
 
-def _value_to_plain(value: Value, tables: dict[int, tuple[int, Columns]]) -> list[Any]:
+def _value_to_plain(key: str, value: Value, tables: dict[int, tuple[int, Columns]]) -> list[Any]:
     data, weight = value.data, value.weight
     weighted = isinstance(data, Weighted)
     if isinstance(data, Weighted):
         data, weight = data.value, torch.as_tensor(data.weight, dtype=torch.float64)
+    codec.check_plain(data, repr(key))
     return [data, value.rows, _table(value.columns, tables), weight, weighted]
 
 
@@ -1082,10 +777,6 @@ def _from_plain(data: bytes) -> ActivationCache:
 
 
 def _imported(description: dict[str, Any]) -> Strategy:
-    if description["name"] != "function":
-        return described(description)
-    module, _, qualname = description["parameters"]["function"].partition(":")
-    found: Any = __import__("importlib").import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    return Function(found)
+    if description["name"] == "function":
+        return Function.at(description["parameters"]["function"])
+    return described(description)

@@ -511,9 +511,10 @@ class TorchComm(Communicator):
     def _start(self, transfer: Transfer, buffer: Tensor) -> Callable[[], Any]:
         group = self._device_group if buffer.is_cuda else self._gloo
         if transfer.op == "copy" and transfer.to is not None:
-            if self.rank == transfer.root:
-                return lambda: group.send([buffer], transfer.to, 0)
-            return lambda: group.recv([buffer], transfer.root, 0)
+            call, peer = (group.send, transfer.to) if self.rank == transfer.root else (group.recv, transfer.root)
+            if group is self._gloo:
+                return lambda: _Waited(call([buffer], peer, 0))
+            return lambda: call([buffer], peer, 0)
         if transfer.op == "copy":
             spread = dist.BroadcastOptions()
             spread.rootRank, spread.rootTensor = transfer.root or 0, 0
@@ -565,6 +566,30 @@ class TorchComm(Communicator):
 
 
 _COMM_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+
+
+class _Waited:
+    """A send or receive on gloo, which says that it's complete to nobody but who waits for it: a thread does."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._wait, name="distcache-waited", daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        try:
+            self._work.wait()
+        except Exception as error:
+            self._error = error
+
+    def is_completed(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 def _outlive(works: list[Any], groups: tuple[Any, Any], kept: list[Any]) -> None:
@@ -647,19 +672,19 @@ def init(timeout_s: float = 600) -> Iterator[Job]:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         yield Job(dist.get_rank(), dist.get_world_size(), device)
-        _see_off()
     finally:
+        _see_off()
         dist.destroy_process_group()
 
 
 def _see_off() -> None:
-    """Where rank 0 keeps the store (no torchrun, whose agent does), it stays until the others have read the last
-    decision and left, for a few seconds at most: a store that is gone would leave them in doubt.
+    """Where rank 0 keeps the store (no torchrun, whose agent does), it stays until the others have left, for seconds
+    at most: they have read the last decision by then. A store that is gone would leave them in doubt.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
     store = dist.distributed_c10d._get_default_store()
-    deadline = time.monotonic() + 5 * FAREWELL_S
+    deadline = time.monotonic() + FAREWELL_S
     with contextlib.suppress(RuntimeError):
         gone = store.add("distcache/gone", 1)
         while dist.get_rank() == 0 and gone < dist.get_world_size() and time.monotonic() < deadline:

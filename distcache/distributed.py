@@ -11,18 +11,22 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from distcache.cache import ActivationCache, Explained
-from distcache.comm import Communicator, ProcessGroup, Store, open_comm
-from distcache.errors import HeldElsewhere
+from distcache.comm import CommFailed, Communicator, ProcessGroup, Store, open_comm
+from distcache.errors import HeldElsewhere, MergeInDoubt, PeerFailed, SchemaMismatch
 from distcache.merge import (
+    COMMIT,
     Facts,
+    Held,
     Party,
+    announce,
     arrive,
     as_error,
     attempt,
-    commit,
     decision_key,
     describe_error,
+    learn,
     merge,
+    new_delta,
     post_abort,
 )
 from distcache.strategies import Strategy
@@ -62,7 +66,9 @@ class _Reading(abc.ABC):
         return ItemsView(self)  # type: ignore[arg-type]
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        if key not in self:
+            return default
+        return self[key]
 
     def count(self, key: str) -> Tensor:
         """See `ActivationCache.count`."""
@@ -106,13 +112,15 @@ class DistributedCache(_Reading):
     """An `ActivationCache` of the cluster: each rank folds into its own delta, and all merge at once.
 
     Reads show committed content, also inside `deferred_mode()`; what is pending is `delta`. The constructor is
-    a collective over the group: it makes private process groups.
+    a collective over the group: it makes private process groups, and raises `PeerFailed` where a rank doesn't come.
+    Ranks, here and in messages, are places in the group.
 
     Args:
         group: the ranks that merge; None for all, or for this process alone without torch.distributed.
         dst: None: every rank holds the content; r: rank r (of the group) alone, and reading raises
             `HeldElsewhere` on the others.
-        timeout_s: limit of a peer's silence, and, once all ranks are there, of time without progress.
+        timeout_s: limit of a peer's silence, and, once all ranks are there, of time without progress. The
+            constructor waits for its peers as long.
         wait_s: limit of waiting for a peer that is alive but busy.
         bucket_bytes: the largest piece that one collective moves.
         store: a torch store that outlives the ranks and can compare and set; by default the job's.
@@ -131,7 +139,7 @@ class DistributedCache(_Reading):
         if timeout_s <= 0 or wait_s <= 0 or bucket_bytes < 1:
             raise ValueError(f"limits are positive, got {timeout_s=}, {wait_s=}, {bucket_bytes=}.")
         comm = open_comm(group, store, timeout_s)
-        if dst is not None and not (isinstance(dst, int) and 0 <= dst < comm.world_size):
+        if dst is not None and not (type(dst) is int and 0 <= dst < comm.world_size):
             comm.close()
             raise ValueError(f"dst is a rank below {comm.world_size} or None, got {dst!r}.")
         self._comm: Communicator = comm
@@ -139,10 +147,8 @@ class DistributedCache(_Reading):
         self._dst = dst
         self._wait_s = wait_s
         self._bucket_bytes = bucket_bytes
-        self._content = ActivationCache()
-        self._facts = Facts()
-        self._delta = ActivationCache()
-        self._delta._registry = self._content._registry
+        content = ActivationCache()
+        self._held = Held(content, Facts(), new_delta(content))
         self._attempt = 0
         self._deferred = False
 
@@ -163,48 +169,54 @@ class DistributedCache(_Reading):
     @property
     def delta(self) -> Delta:
         """What this rank has that the cluster has not merged yet, read-only."""
-        return Delta(self._delta)
+        return Delta(self._held.delta)
 
     # -- reading -----------------------------------------------------------------------------------------------
 
     def _shown(self) -> ActivationCache:
         if self._dst is not None and self._dst != self.rank:
             raise HeldElsewhere(
-                f"the content is held by rank {self._dst} (dst={self._dst}), this is rank {self.rank}: read it there, or "
-                "make the cache with dst=None."
+                f"the content is held by rank {self._dst} (dst={self._dst}), this is rank {self.rank}: read it there, "
+                "or make the cache with dst=None."
             )
-        return self._content
+        return self._held.content
 
     def __contains__(self, key: object) -> bool:
-        return key in self._facts.schemas
+        return key in self._held.facts.schemas
 
     def __iter__(self) -> Iterator[str]:
-        if self._dst is None or self._dst == self.rank:
-            return iter(self._content)
-        return iter(sorted(self._facts.schemas))
+        return iter(list(self._held.facts.schemas))
 
     def __len__(self) -> int:
-        return len(self._facts.schemas)
+        return len(self._held.facts.schemas)
 
     # -- writing -----------------------------------------------------------------------------------------------
 
     def register_aggregation(self, key_pattern: str, strategy: Strategy | str | Callable[[list[Any]], Any]) -> None:
         """As `ActivationCache.register_aggregation`; not a collective, but every rank must register alike."""
-        for held in (self._content, self._delta):
-            held.register_aggregation(key_pattern, strategy)
-        self._delta._registry = self._content._registry
+        content, delta = self._held.content, self._held.delta
+        before = content._registry
+        content.register_aggregation(key_pattern, strategy)
+        try:
+            delta.register_aggregation(key_pattern, strategy)
+        except ValueError:
+            content._registry = before
+            raise
+        delta._registry = content._registry
 
     def cat(self, local: ActivationCache, index: Iterable[int] | Tensor | None = None) -> None:
         """Fold a rank's cache into its delta; outside deferred mode a collective that merges at once.
 
         `index`: one entry per sample, its place in the data set; concatenations come out in that order. Keys are
-        a union: every rank brings its own, or an empty cache. TypeError for anything but an ActivationCache.
+        a union: every rank brings its own, or an empty cache. TypeError for anything but an ActivationCache,
+        `SchemaMismatch` for what can't join this rank's delta or the content: nothing of it is folded then.
         `PeerFailed` if another rank has given up this block or merge.
         """
         if self._deferred:
             self._check_peers()
             self._fold(local, index)
             return
+        self._check_open()
         with self._ending():
             self._fold(local, index)
         self._merge()
@@ -223,20 +235,32 @@ class DistributedCache(_Reading):
     def _fold(self, local: ActivationCache, index: Iterable[int] | Tensor | None) -> None:
         if isinstance(local, (DistributedCache, Delta)):
             raise TypeError(
-                "cat expects this rank's own ActivationCache, got a DistributedCache: every rank has its content, which "
-                f"would count {self.world_size} times."
+                "cat expects this rank's own ActivationCache, got a DistributedCache: every rank has its content, "
+                f"which would count {self.world_size} times."
             )
         if not isinstance(local, ActivationCache):
             raise TypeError(f"cat expects an ActivationCache, got {type(local).__name__}.")
-        self._check_content(local)
-        self._delta._absorb(local, index=index, whole_lists=True)
+        self._check_settled()
+        held = self._held
+        # What the content holds already is checked against it where a key first comes back, so that a value that
+        # could never be merged is refused here, and not kept in the delta.
+        if any(key in held.facts.schemas and key not in held.delta for key in local):
+            part = new_delta(held.content)
+            part._absorb(local, index=index)
+            for key, schema in part._schemas().items():
+                known = held.facts.schemas.get(key, schema)
+                if known != schema:
+                    words = "; ".join(known.explain_difference(schema))
+                    raise SchemaMismatch(f"cannot cat {key!r}: the content against this value: {words}.")
+            local, index = part, None
+        held.delta._absorb(local, index=index)
 
-    def _check_content(self, local: ActivationCache) -> None:
-        """States must be of the strategies that the content was made with; raised here, not in the merge."""
-        for key in local:
-            mine, theirs = self._content._state_strategy(key), local._state_strategy(key)
-            if mine is not None and theirs is not None and mine != theirs:
-                raise ValueError(f"cannot cat {key!r}: the content holds a state of {mine}, got one of {theirs}.")
+    def _check_settled(self) -> None:
+        if self._held.doubt is not None:
+            raise MergeInDoubt(
+                "the last merge may have been committed by the others, and a value folded now could count twice: call "
+                "cache.merge() on every rank first, which finds out (after cache.rejoin(), if the store was lost)."
+            )
 
     @contextlib.contextmanager
     def deferred_mode(self) -> Iterator[DistributedCache]:
@@ -246,8 +270,7 @@ class DistributedCache(_Reading):
         their next `cat` or at the end; every delta is kept, and `merge()` or a further block takes it along.
         RuntimeError when nested.
         """
-        if self._deferred:
-            raise RuntimeError("deferred_mode is open already: end the outer block first.")
+        self._check_open()
         if self._comm.heart is not None:
             self._comm.heart.watch(decision_key(self._attempt))
         self._deferred = True
@@ -270,15 +293,23 @@ class DistributedCache(_Reading):
 
     def _check_peers(self) -> None:
         heart = self._comm.heart
-        if heart is not None and heart.decision is not None:
-            raise as_error(heart.decision, self.rank)
+        if heart is not None and heart.decision not in (None, COMMIT):
+            raise as_error(heart.decision, self._comm)
+
+    def _check_open(self) -> None:
+        """What all ranks call together is called outside of a block, on a cache that hasn't been closed."""
+        if self._deferred:
+            raise RuntimeError("deferred_mode is open already: end the outer block first.")
+        if self._comm.closed:
+            raise RuntimeError("this cache has been closed: its content can be read, but no longer merged.")
 
     def _need_deferred(self, what: str) -> ActivationCache:
         """The delta, for what accumulates straight into it."""
         if not self._deferred:
             raise RuntimeError(f"{what} goes into the delta: open `with cache.deferred_mode():` first.")
         self._check_peers()
-        return self._delta
+        self._check_settled()
+        return self._held.delta
 
     # -- collectives -------------------------------------------------------------------------------------------
 
@@ -286,60 +317,75 @@ class DistributedCache(_Reading):
         """Merge what the deltas hold: a collective, to try again after a failure; `group`: see `rejoin`."""
         if group is not None:
             self.rejoin(group)
+        self._check_open()
         self._merge()
 
     def _merge(self) -> None:
-        party = Party(
-            self._comm,
-            self._attempt,
-            self._delta,
-            self._content,
-            self._facts,
-            self._dst,
-            self._wait_s,
-            self._bucket_bytes,
-        )
         try:
-            merged = merge(party)
+            merge(Party(self._comm, self._attempt, self._held, self._dst, self._wait_s, self._bucket_bytes))
         finally:
             self._attempt += 1
-        self._content, self._facts = merged.content, merged.facts
-        self._delta = ActivationCache()
-        self._delta._registry = self._content._registry
-        if merged.interrupted is not None:
-            raise merged.interrupted
 
     def rejoin(self, group: ProcessGroup | None = None) -> None:
         """Take content and delta to a new group, as after a rank was lost: a collective over the new group.
 
-        ValueError if `dst` is no rank of it.
+        With `dst` the content stays with the process that has it, whatever its rank is now. ValueError on every rank
+        if that process isn't there (its content is lost: make a new cache), or, where nothing was merged yet, if
+        the group has no rank `dst`. `PeerFailed` if a rank doesn't come; the cache keeps its old group then.
+
+        The survivors of a lost rank make their group by themselves:
+        `torch.distributed.new_group(ranks, use_local_synchronization=True)`.
         """
+        if self._deferred:
+            raise RuntimeError("deferred_mode is open: end the block first.")
         comm = open_comm(group, self._store, self._comm.timeout_s)
-        if self._dst is not None and self._dst >= comm.world_size:
+        try:
+            dst = self._dst if self._dst is None else self._find_content(comm)
+        except BaseException:
             comm.close()
-            raise ValueError(f"dst={self._dst} is no rank of the new group of {comm.world_size}.")
+            raise
         self._comm.close()
-        self._comm = comm
-        self._attempt = 0
+        self._comm, self._dst, self._attempt = comm, dst, 0
+
+    def _find_content(self, comm: Communicator) -> int:
+        """The rank of a new group that holds the content: a collective."""
+        facts = self._held.facts
+        try:
+            rows = comm.gather([int(self._dst == self.rank), facts.epoch], lambda: None)
+        except CommFailed as error:
+            raise PeerFailed(f"a rank was lost while all rejoined: {error}.") from error
+        for rank, (holds, _) in enumerate(rows):
+            if holds:
+                return rank
+        if any(epoch for _, epoch in rows):
+            raise ValueError(
+                f"the content was held by rank {self._dst} (dst={self._dst}), which is not in the new group: it is "
+                "lost. Make a new DistributedCache, with dst=None if every rank should hold the content."
+            )
+        if self._dst is None or self._dst >= comm.world_size:
+            raise ValueError(f"dst={self._dst} is no rank of the new group of {comm.world_size}.")
+        return self._dst
 
     def save(self, path: str | PathLike[str], **info: str) -> None:
         """Write the content to a new folder: a collective. A holder writes, one rename publishes, all learn of it.
 
-        `info`: words for the manifest, such as `model="…"`. FileExistsError if the folder is there.
+        `info`: words for the manifest, such as `model="…"`. FileExistsError if the folder is there: on the rank that
+        writes, `PeerFailed` with its words on the others. They wait for as long as it's alive.
         """
         from distcache import store  # above this module in the import order, so only when asked
 
-        number = self._attempt
+        self._check_open()
+        writer = self._dst or 0
         try:
-            with attempt(self._comm, number):
-                arrive(self._comm, number, self._wait_s)
-                if self.rank == (self._dst or 0):
-                    store.save(self._content, path, info=info, world_size=self.world_size)
-                interrupted = commit(self._comm, number)
+            with attempt(self._comm, self._attempt, "save"):
+                arrive(self._comm, self._attempt, self._wait_s, "save")
+                if self.rank == writer:
+                    store.save(self._held.content, path, info=info, world_size=self.world_size)
+                    announce(self._comm, self._attempt)
+                else:
+                    learn(self._comm, self._attempt, writer)
         finally:
             self._attempt += 1
-        if interrupted is not None:
-            raise interrupted
 
     def share(self, loader: Any) -> Iterator[tuple[Tensor, Any]]:
         """This rank's (index, batch) of a loader, without padding or duplicates: see `distcache.collect.share`."""

@@ -6,13 +6,14 @@ model itself keeps:
 
     resid_in + attn_out = resid_mid        resid_mid + mlp_out = resid_out
 
-A family that has no such point says why (`absent`), and asking for it raises.
+A family that has no such point says why (`absent`), and asking for it raises. `queries` and `keys` are what the
+projections give, before any norm or rotation of heads.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,18 +44,18 @@ class Layout:
     """A family's entry in the table.
 
     `children`: exactly those that a block has; more, or fewer, is another family, whose equations may not hold.
-    `neutral`: attributes of a block that scale what is added to the residual stream; it is this family only where
-    they are absent or 1. `head_counts`: an attention module's (query heads, key-value heads).
+    `around`: by path, those that may stand beside the blocks; any other could change what goes in.
+    `head_counts`: an attention module's (query heads, key-value heads); what has no such attributes is another family.
     """
 
     name: str
     block: str
     children: frozenset[str]
+    around: Mapping[str, frozenset[str]]
     attention: str
     head_counts: Callable[[Any], tuple[int, int]]
     points: Mapping[str, Point]
     absent: Mapping[str, str] = field(default_factory=dict)
-    neutral: tuple[str, ...] = ()
 
 
 LAYOUTS = (
@@ -62,9 +63,9 @@ LAYOUTS = (
         name="llama",
         block="{root}layers.{layer}",
         children=frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}),
+        around={"{root}": frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})},
         attention="{block}.self_attn",
         head_counts=lambda a: (a.q_proj.out_features // a.head_dim, a.k_proj.out_features // a.head_dim),
-        neutral=("residual_multiplier",),
         points={
             "embed": Point("{root}embed_tokens"),
             "resid_in": Point("{block}", "input"),
@@ -85,8 +86,10 @@ LAYOUTS = (
         name="gpt2",
         block="{root}h.{layer}",
         children=frozenset({"ln_1", "attn", "ln_2", "mlp"}),
+        around={"{root}": frozenset({"wte", "wpe", "drop", "h", "ln_f"})},
         attention="{block}.attn",
-        head_counts=lambda a: (a.num_heads, a.num_heads),
+        # GPT-BigCode's c_attn isn't three equal parts, and it has no split_size.
+        head_counts=lambda a: (a.split_size // a.head_dim, a.split_size // a.head_dim),
         points={
             "embed": Point("{root}drop"),
             "resid_in": Point("{block}", "input"),
@@ -107,6 +110,7 @@ LAYOUTS = (
         name="bert",
         block="{root}encoder.layer.{layer}",
         children=frozenset({"attention", "intermediate", "output"}),
+        around={"{root}": frozenset({"embeddings", "encoder", "pooler"}), "{root}encoder": frozenset({"layer"})},
         attention="{block}.attention.self",
         head_counts=lambda a: (a.num_attention_heads, a.num_attention_heads),
         points={
@@ -178,45 +182,58 @@ def bare_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def find_family(model: nn.Module, modules: Mapping[str, nn.Module]) -> Family:
-    """The family that a model's structure shows. `SiteError` where it shows none, or more than one."""
+def find_family(model: nn.Module, modules: Mapping[str, nn.Module], site: str) -> Family:
+    """The family that a model's structure shows, for a named site. `SiteError` where it shows none, or several."""
     found = [family for layout in LAYOUTS for family in _matches(layout, modules)]
     if len(found) == 1:
         return found[0]
     if found:
         where = ", ".join(f"{family.name} at {family.path('{block}', 0)!r}" for family in found)
         raise SiteError(
-            f"{type(model).__name__} has several stacks of blocks ({where}): record the one you mean, as in "
-            "record(model.encoder, …), or name modules by their paths."
+            f"site {site!r}: {type(model).__name__} has several stacks of blocks ({where}): record the one you mean, as "
+            "in record(model.encoder, …), or name modules by their paths."
         )
     raise SiteError(
-        f"the structure of {type(model).__name__} is none of the families that named sites are known for "
-        f"({', '.join(layout.name for layout in LAYOUTS)}). Name modules by their paths instead: "
+        f"site {site!r} is no module of {type(model).__name__}, whose structure is none of the families that named "
+        f"sites are known for ({', '.join(layout.name for layout in LAYOUTS)}). Name modules by their paths: "
         "{'resid_out_{layer}': 'model.layers.{layer}'}."
     )
 
 
-def _matches(layout: Layout, modules: Mapping[str, nn.Module]) -> list[Family]:
-    pattern = re.compile(re.escape(layout.block).replace(r"\{root\}", r"((?:.+\.)?)").replace(r"\{layer\}", "0") + "$")
-    found = []
-    for name in modules:
-        match = pattern.match(name)
-        if match is None:
-            continue
+def _matches(layout: Layout, modules: Mapping[str, nn.Module]) -> Iterator[Family]:
+    """Every place in a model where a layout fits in full: what fits in part is another family."""
+    first = re.escape(layout.block).replace(r"\{root\}", r"((?:.+\.)?)").replace(r"\{layer\}", "0")
+    for match in filter(None, map(re.compile(first).fullmatch, modules)):
         family = Family(layout, match[1], 0, 0, 0)
         num_layers = 0
-        while (path := family.path("{block}", num_layers)) in modules and _is_block(layout, modules[path]):
+        while family.path("{block}", num_layers) in modules:
             num_layers += 1
-        every_block_is = path not in modules
-        if not num_layers or not every_block_is:
-            continue
-        if any(family.path(point.path, 0) not in modules for point in layout.points.values()):
-            continue
-        counts = layout.head_counts(modules[family.path(layout.attention, 0)])
-        found.append(Family(layout, match[1], num_layers, *counts))
-    return found
+        paths = [family.path(point.path, n) for point in layout.points.values() for n in range(num_layers)]
+        blocks = [modules[family.path("{block}", n)] for n in range(num_layers)]
+        around = {modules.get(family.path(path).removesuffix(".")): names for path, names in layout.around.items()}
+        fits = (
+            all(path in modules for path in paths)
+            and all(_children(block) == layout.children for block in blocks)
+            and all(module is not None and _children(module) <= names for module, names in around.items())
+            and not any(_scales(module) for module in (*blocks, *around))
+        )
+        if fits:
+            try:
+                attention = [modules[family.path(layout.attention, n)] for n in range(num_layers)]
+                counts = {layout.head_counts(module) for module in attention}
+            except AttributeError:
+                continue
+            if len(counts) == 1:
+                yield Family(layout, match[1], num_layers, *counts.pop())
 
 
-def _is_block(layout: Layout, block: nn.Module) -> bool:
-    children = {name for name, _ in block.named_children()}
-    return children == layout.children and all(getattr(block, name, 1) == 1 for name in layout.neutral)
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _scales(module: Any) -> bool:
+    """Whether a module may scale the residual stream, by parameters or a number of its own: Granite's
+    `residual_multiplier` and `embedding_multiplier`, ESM C's `scaling_factor`, Doge's `input_residual`.
+    """
+    numbers = (value for value in vars(module).values() if isinstance(value, float))
+    return any(value not in (0.0, 1.0) for value in numbers) or any(True for _ in module.parameters(recurse=False))

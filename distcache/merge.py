@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distcache import codec
 from distcache.cache import REDUCED, ActivationCache, KeptEntry, _registered
-from distcache.comm import CommFailed, Communicator, StoreLost, Transfer
+from distcache.comm import CommFailed, Communicator, Poll, StoreLost, Transfer, held_interrupts
 from distcache.errors import (
     DistcacheError,
     DuplicateSamples,
@@ -32,10 +32,10 @@ from distcache.errors import (
 )
 from distcache.ledger import Ledger
 from distcache.memory import available_bytes, human
-from distcache.plan import MergePlan, Offer, Payload, Table, buckets, make_plan
-from distcache.schema import DIGEST_MODULUS, KeySchema, union
+from distcache.plan import Block, MergePlan, Offer, Payload, Table, buckets, make_plan, needed_bytes
+from distcache.schema import DIGEST_MODULUS, KeySchema, strategy_facts, union
 from distcache.segments import Arena
-from distcache.strategies import Columns, Fieldwise, Function, Piece, Rows, Strategy, Value, described
+from distcache.strategies import Columns, Fieldwise, Function, Piece, Rows, State, Strategy, Value, described
 
 log = logging.getLogger("distcache")
 
@@ -55,14 +55,47 @@ class Facts:
 
 
 @dataclass(slots=True)
+class Merged:
+    """What a merge made, not yet anybody's content."""
+
+    content: ActivationCache
+    facts: Facts
+
+
+@dataclass(slots=True)
+class Held:
+    """What one rank holds: committed content, what is known of it, and the delta that isn't merged yet.
+
+    `doubt`: what this rank voted for and never learned the decision on.
+    """
+
+    content: ActivationCache
+    facts: Facts
+    delta: ActivationCache
+    doubt: Merged | None = None
+
+    def adopt(self, merged: Merged) -> None:
+        """Swap pointers, empty the delta."""
+        self.content, self.facts = merged.content, merged.facts
+        self.delta = new_delta(self.content)
+        self.doubt = None
+
+
+def new_delta(content: ActivationCache) -> ActivationCache:
+    """An empty delta beside that content."""
+    delta = ActivationCache()
+    delta._registry = content._registry
+    delta._keeps_lists = True
+    return delta
+
+
+@dataclass(slots=True)
 class Party:
     """One rank's part in a merge: what it holds and the limits it was given."""
 
     comm: Communicator
-    attempt: int
-    delta: ActivationCache
-    content: ActivationCache
-    facts: Facts
+    number: int  # of the attempt, the same on every rank
+    held: Held
     dst: int | None
     wait_s: float
     bucket_bytes: int
@@ -72,166 +105,175 @@ class Party:
         return self.dst is None or self.dst == self.comm.rank
 
 
-@dataclass(slots=True)
-class Merged:
-    """What the merge made, not yet anybody's content.
-
-    `interrupted`: what stopped this rank's waiting after its yes, where the cluster committed all the same; to
-    be raised once pointers have swapped.
-    """
-
-    content: ActivationCache
-    facts: Facts
-    interrupted: BaseException | None = None
-
-
-class _Decided(Exception):
-    """Another rank has ended this attempt."""
-
-    def __init__(self, decision: bytes) -> None:
-        self.decision = decision
-
-
-def merge(party: Party) -> Merged:
+def merge(party: Party) -> None:
     """Merge every rank's delta into new content: a collective. Raises the same kind of error on every survivor.
 
     `PeerFailed`, `SchemaMismatch`, `DuplicateSamples`, `MergeAborted`, `TooLarge`: nothing has changed anywhere.
-    `MergeInDoubt`: the store was lost after this rank's yes; its `merged` holds what would have been content.
+    `MergeInDoubt`: the store was lost after this rank's yes; the next merge finds out what became of it.
     """
-    with attempt(party.comm, party.attempt):
-        arrive(party.comm, party.attempt, party.wait_s)
-        plan, offers = agree(party)
-        log.debug("rank %d: %s", party.comm.rank, plan.explain())
-        merged = move(party, plan, offers)
-        merged.interrupted = commit(party.comm, party.attempt, merged)
-    return merged
+    comm, held = party.comm, party.held
+    with attempt(comm, party.number):
+        arrive(comm, party.number, party.wait_s, "merge")
+        with moving(comm):
+            plan, offers = agree(party)
+            log.debug("rank %d: %s", comm.rank, plan.explain())
+            merged = move(party, plan, offers)
+            commit(comm, party.number, held, merged)
 
 
 # -- an attempt and its end ------------------------------------------------------------------------------------
 
 
-def decision_key(attempt_number: int) -> str:
-    return f"{attempt_number}/decision"
+class _Decided(Exception):
+    """This attempt has been ended, by another rank or this one."""
+
+    def __init__(self, decision: bytes) -> None:
+        self.decision = decision
 
 
-def abort_record(rank: int, message: str) -> bytes:
-    return json.dumps({"abort": {"rank": rank, "message": message[:2000]}}, separators=(",", ":")).encode()
+def decision_key(number: int) -> str:
+    return f"{number}/decision"
 
 
 def describe_error(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {str(error) or repr(error)}"
 
 
-def as_error(decision: bytes, me: int) -> Exception:
-    """The exception that a decision to abort means for this rank."""
+def as_error(decision: bytes, comm: Communicator, again: str = "merge") -> DistcacheError:
+    """The exception that a decision to abort means for this rank. `again`: the call that can be repeated."""
     found = json.loads(decision)["abort"]
-    rank, message = found["rank"], found["message"]
-    if rank == me:
-        return MergeAborted(f"the merge was aborted: {message}. The delta is intact: cache.merge() tries again.")
-    return PeerFailed(
-        f"rank {rank} {message}. Nothing was merged; this rank's delta is intact: cache.merge() tries again."
-    )
+    rank, message = found["rank"], found["message"].rstrip(".")
+    kept = f"Content and delta of this rank are as they were; once every rank is there, cache.{again}() tries again."
+    if rank == comm.rank:
+        return MergeAborted(f"given up by the cluster, because this rank {message}. {kept}")
+    return PeerFailed(f"{comm.name(rank)} {message}. {kept}")
 
 
 @contextmanager
-def attempt(comm: Communicator, number: int) -> Iterator[None]:
+def attempt(comm: Communicator, number: int, again: str = "merge") -> Iterator[None]:
     """One attempt at something collective: whatever ends it here is decided for everybody."""
     try:
         yield
     except _Decided as ended:
-        raise as_error(ended.decision, comm.rank) from None
+        raise as_error(ended.decision, comm, again) from None
     except StoreLost as error:
-        raise MergeAborted(f"the merge ended before this rank's vote, nothing has changed: {error}.") from error
+        seen = comm.heart.decision if comm.heart is not None else None
+        if seen not in (None, COMMIT):
+            raise as_error(seen, comm, again) from error
+        raise MergeAborted(
+            f"this rank lost the store before its vote, so nothing has changed anywhere: {error}. "
+            f"cache.rejoin() connects anew, then cache.{again}() tries again."
+        ) from error
     except MergeInDoubt:
         raise
     except CommFailed as error:
-        suspects = _suspects(comm)
-        who = f"rank {suspects[0]}" if suspects else "a peer"
-        message = f"was lost in the middle of the merge ({who} fell silent; rank {comm.rank} saw: {error})"
-        decision = post_abort(comm, number, suspects[0] if suspects else comm.rank, message)
-        raise as_error(decision, comm.rank) from error
+        raise as_error(_blame(comm, number, error), comm, again) from error
     except BaseException as error:
         decision = post_abort(comm, number, comm.rank, describe_error(error))
-        mine = json.loads(decision).get("abort", {}).get("rank") == comm.rank
+        first = json.loads(decision).get("abort", {}).get("rank") == comm.rank
         shared = isinstance(error, (SchemaMismatch, DuplicateSamples))  # every rank finds it by itself
-        if mine or shared or not isinstance(error, DistcacheError):
+        if first or shared or not isinstance(error, DistcacheError):
             raise
-        raise as_error(decision, comm.rank) from error
+        raise as_error(decision, comm, again) from error
+
+
+@contextmanager
+def moving(comm: Communicator) -> Iterator[None]:
+    """Where collectives are made. Whoever fails here leaves groups on which ranks may be out of step for good: one
+    has sent what another never received. So they are spent, for everybody (`arrive`).
+    """
+    try:
+        yield
+    except BaseException:
+        comm.broken = True
+        raise
 
 
 def post_abort(comm: Communicator, number: int, rank: int, message: str) -> bytes:
     """End an attempt for everybody; the decision that stands. `rank`: whose fault it is."""
-    record = abort_record(rank, message)
+    record = json.dumps({"abort": {"rank": rank, "message": message[:2000]}}, separators=(",", ":")).encode()
     try:
         return comm.store.decide(decision_key(number), record)
     except StoreLost:
         return record
 
 
-def _suspects(comm: Communicator) -> list[int]:
-    """Peers whose hearts have stopped; asks for a few beats' time."""
+def _blame(comm: Communicator, number: int, error: CommFailed) -> bytes:
+    """The decision after a collective has failed: it names the peer whose heart has stopped, if one has."""
     heart = comm.heart
-    if heart is None:
-        return []
+    assert heart is not None  # alone, no collective fails
+    limit_s = 3.5 * heart.interval_s
+    deadline = time.monotonic() + 1.5 * limit_s
     peers = [rank for rank in range(comm.world_size) if rank != comm.rank]
-    deadline = time.monotonic() + 5 * heart.interval_s
-    while True:
-        try:
-            silent = [rank for rank in peers if heart.silent_s(rank) > 3.5 * heart.interval_s]
-        except StoreLost:
-            return []
-        if silent or time.monotonic() > deadline:
-            return silent
-        time.sleep(heart.interval_s / 4)
+    try:
+        while True:
+            decision = comm.store.get(decision_key(number))
+            if decision is not None:
+                return decision
+            silent_s, rank = max((heart.silent_s(rank), rank) for rank in peers)
+            if silent_s > limit_s:
+                return post_abort(comm, number, rank, "was lost in the middle of the merge")
+            if time.monotonic() > deadline:
+                break
+            time.sleep(heart.interval_s / 4)
+    except StoreLost:
+        pass
+    return post_abort(comm, number, comm.rank, f"lost touch with its peers in the middle of the merge ({error})")
 
 
 # -- arrive ----------------------------------------------------------------------------------------------------
 
+_SPENT, _SAVING = 1 << 20, 1 << 40  # in the count of arrivals: whose groups are spent, who came to save
 
-def arrive(comm: Communicator, number: int, wait_s: float) -> None:
+
+def arrive(comm: Communicator, number: int, wait_s: float, what: str) -> None:
     """Wait in the store, never in a collective, until every rank has come; then no rank waits for work.
 
     A peer that is alive is waited for up to `wait_s`; one that is silent for `comm.timeout_s` is given up.
+    `what`: "merge" or "save"; `SchemaMismatch` on every rank where they differ.
     """
-    store, everyone = comm.store, comm.world_size
-    if everyone == 1:
+    store, heart, everyone = comm.store, comm.heart, comm.world_size
+    if heart is None:
         return
-    if comm.heart is not None:
-        comm.heart.watch(decision_key(number))
-    store.set(f"{number}/here/{comm.rank}", b"1")
-    # The upper half counts ranks whose groups are spent: all learn it with the count, at no further cost.
-    count = store.add(f"{number}/count", 1 + (1 << 32 if comm.broken else 0))
+    heart.watch(decision_key(number))
+    store.set(f"here/{comm.rank}", str(number).encode())
+    # With the count all learn, at no further cost, whether groups must be made anew and whether all want the same.
+    count = store.add(f"{number}/count", 1 + _SPENT * comm.broken + _SAVING * (what == "save"))
     started = looked = time.monotonic()
     nap_s, named = 0.0002, set[int]()
-    while count & 0xFFFFFFFF < everyone:
+    while count % _SPENT < everyone:
         time.sleep(nap_s)
         nap_s = min(nap_s * 1.3, 0.05)
         count = store.add(f"{number}/count", 0)
         now = time.monotonic()
-        if comm.heart is None or now - looked < comm.heart.interval_s / 2 or count & 0xFFFFFFFF >= everyone:
+        if now - looked < heart.interval_s / 2 or count % _SPENT == everyone:
             continue
         looked = now
         check_decision(comm, number)
-        missing = [r for r in range(everyone) if store.get(f"{number}/here/{r}") is None]
+        missing = [rank for rank in range(everyone) if store.get(f"here/{rank}") != str(number).encode()]
         for rank in missing:
-            silent_s = comm.heart.silent_s(rank)
+            silent_s = heart.silent_s(rank)
             if silent_s > comm.timeout_s:
-                gone = "left without merging" if silent_s == float("inf") else f"was silent for {comm.timeout_s:g} s"
-                raise _Decided(post_abort(comm, number, rank, f"{gone} while others waited to merge"))
+                gone = "has left" if silent_s == float("inf") else f"was silent for {comm.timeout_s:g} s"
+                raise _Decided(post_abort(comm, number, rank, f"{gone} while others waited to {what}"))
             if silent_s > comm.timeout_s / 2 and rank not in named:
                 named.add(rank)
-                log.warning("rank %d waits for rank %d, silent for %.0f s", comm.rank, rank, silent_s)
+                log.warning("rank %d waits for %s, silent for %.0f s", comm.rank, comm.name(rank), silent_s)
         if missing and now - started > wait_s:
-            raise _Decided(
-                post_abort(comm, number, missing[0], f"is alive but did not come within wait_s={wait_s:g} s")
-            )
+            raise _Decided(post_abort(comm, number, missing[0], f"is alive but did not come within {wait_s=:g}"))
     check_decision(comm, number)
-    if count >> 32:
-        comm.rebuild(str(number))
     if comm.rank == 0 and number > 0:
         # Everybody has come here, so nobody looks at the last attempt any more.
-        for key in ("count", "votes", "decision", *(f"here/{rank}" for rank in range(everyone))):
+        for key in ("count", "votes", "decision"):
             store.delete(f"{number - 1}/{key}")
+    saving = count // _SAVING
+    if saving not in (0, everyone):
+        raise SchemaMismatch(
+            f"{saving} of {everyone} ranks came to save, the others to merge: collectives must be called in one order "
+            "on every rank. Nothing has changed."
+        )
+    if count % _SAVING >= _SPENT:
+        comm.rebuild(str(number))
 
 
 def check_decision(comm: Communicator, number: int) -> None:
@@ -240,13 +282,13 @@ def check_decision(comm: Communicator, number: int) -> None:
         raise _Decided(found)
 
 
-def poll_decision(comm: Communicator) -> Callable[[], None]:
+def poll_decision(comm: Communicator) -> Poll:
     """A look at what the heart has seen: no call to the store."""
 
     def poll() -> None:
-        if comm.heart is not None and comm.heart.decision not in (None, COMMIT):
-            assert comm.heart.decision is not None
-            raise _Decided(comm.heart.decision)
+        decision = comm.heart.decision if comm.heart is not None else None
+        if decision is not None and decision != COMMIT:
+            raise _Decided(decision)
 
     return poll
 
@@ -254,53 +296,94 @@ def poll_decision(comm: Communicator) -> Callable[[], None]:
 # -- agree -----------------------------------------------------------------------------------------------------
 
 
+class Record(NamedTuple):
+    """What every rank tells of itself first: a row of int64."""
+
+    version: int
+    content_digest: int  # of the delta: which keys, with which strategies, shapes and dtypes
+    layout_digest: int
+    facts_digest: int  # of the content
+    epoch: int  # twice the merges that were committed, plus 1 where this rank is in doubt about one more
+    blob_nbytes: int
+    dst: int  # -1: all ranks hold the content
+    bucket_bytes: int
+
+
 def agree(party: Party) -> tuple[MergePlan, list[Offer]]:
     """Find out what everybody has: one small record a rank, and more only where records say that it's needed."""
-    comm, delta, facts = party.comm, party.delta, party.facts
+    comm, held, delta = party.comm, party.held, party.held.delta
     poll = poll_decision(comm)
-    kept = delta._kept()
-    offer = make_offer(delta, kept)
-    blob = codec.encode(offer.to_plain()) if kept or offer.ledger or offer.notes else b""
-    record = [
+    offer = make_offer(delta)
+    blob = codec.encode(offer.to_plain()) if offer != Offer() else b""
+    mine = Record(
         VERSION,
         delta._content_digest,
         delta._arena.layout_digest,
-        (facts.digest + facts.epoch) % DIGEST_MODULUS,
+        held.facts.digest,
+        2 * held.facts.epoch + (held.doubt is not None),
         len(blob),
         -1 if party.dst is None else party.dst,
-    ]
-    records = comm.gather(record, poll)
-    _check_records(records)
-    if any(row[4] for row in records):
-        blobs = comm.gather_bytes(blob, [row[4] for row in records], poll)
-        offers = [Offer.from_plain(codec.decode(b)) if b else Offer() for b in blobs]
-    else:
-        offers = [Offer()] * comm.world_size
-    schemas = delta._schemas()
-    if all(row[1:3] == records[0][1:3] for row in records):
-        ordered = union([schemas], facts.schemas)
-        holds = None
-    else:
+        party.bucket_bytes,
+    )
+    records = [Record(*row) for row in comm.gather(mine, poll)]
+    if not check_records(records):
+        _settle(party, records)
+        return agree(party)
+    offers = [Offer()] * comm.world_size
+    if any(record.blob_nbytes for record in records):
+        blobs = comm.gather_bytes(blob, [record.blob_nbytes for record in records], poll)
+        offers = [Offer.from_plain(codec.decode(theirs)) if theirs else Offer() for theirs in blobs]
+    schemas, holds = delta._schemas(), None
+    assert len(schemas) == len(delta)  # whatever else it held would be lost
+    if not agreed(records):
         holds, offers = _exchange_schemas(party, schemas, offers)
-        ordered = union(holds, facts.schemas)
-    _check_ledgers(offers, facts.ledger)
-    return make_plan(ordered, holds, offers, facts.indexed), offers
+    ordered = union([schemas] if holds is None else holds, held.facts.schemas)
+    return make_plan(ordered, holds, offers, held.facts.indexed), offers
 
 
-def _check_records(records: Sequence[Sequence[int]]) -> None:
-    for what, at in (("version of the merge's records", 0), ("content digest", 3), ("dst", 5)):
-        found = [row[at] for row in records]
+def check_records(records: Sequence[Record]) -> bool:
+    """Whether ranks stand at one merge; False where some are in doubt about the one that the others committed.
+
+    `SchemaMismatch` where they differ in what can't be settled. Pure: alike on every rank.
+    """
+    for name in ("version", "dst", "bucket_bytes"):
+        found = [getattr(record, name) for record in records]
         if len(set(found)) > 1:
             raise SchemaMismatch(
-                f"ranks differ in {what}, by rank: {found}. They must run one version of distcache, make caches with "
-                "the same arguments and take part in the same merges."
+                f"ranks differ in {name}, by rank: {found}. They must run one version of distcache and make their "
+                "caches with the same arguments."
             )
+    epochs = [record.epoch // 2 for record in records]
+    behind = [record for record in records if record.epoch // 2 < max(epochs)]
+    if any(record.epoch != 2 * max(epochs) - 1 for record in behind):
+        raise SchemaMismatch(
+            f"ranks differ in the number of merges that they have committed, by rank: {epochs}. Caches that merge are "
+            "made at the same time and take part in the same merges."
+        )
+    if not behind and len({record.facts_digest for record in records}) > 1:
+        raise SchemaMismatch(
+            f"ranks differ in what their content is, by rank: {[record.facts_digest for record in records]}."
+        )
+    return not behind
+
+
+def agreed(records: Sequence[Record]) -> bool:
+    """Whether all deltas hold the same keys, laid out alike: then segments move as they are, and no schema does."""
+    return len({(record.content_digest, record.layout_digest) for record in records}) == 1
+
+
+def _settle(party: Party, records: Sequence[Record]) -> None:
+    """A rank in doubt learns from the others' epoch that the cluster did commit: it had voted for that."""
+    if party.held.facts.epoch < max(record.epoch // 2 for record in records):
+        assert party.held.doubt is not None
+        with held_interrupts():
+            party.held.adopt(party.held.doubt)
 
 
 def _exchange_schemas(
     party: Party, schemas: Mapping[str, KeySchema], offers: Sequence[Offer]
 ) -> tuple[list[dict[str, KeySchema]], list[Offer]]:
-    comm, arena = party.comm, party.delta._arena
+    comm, arena = party.comm, party.held.delta._arena
     poll = poll_decision(comm)
     rooms = [[key, [[name, list(shape)] for name, shape in arena.capacities(key).items()]] for key in arena.entries]
     blob = codec.encode([[_listed(schema.facts()) for schema in schemas.values()], rooms])
@@ -308,10 +391,10 @@ def _exchange_schemas(
     holds, full = [], []
     for theirs, offer in zip(comm.gather_bytes(blob, sizes, poll), offers, strict=True):
         facts, rooms = codec.decode(theirs)
-        held = [KeySchema.from_facts(fact) for fact in facts]
-        holds.append({schema.key: schema for schema in held})
+        found = [KeySchema.from_facts(fact) for fact in facts]
+        holds.append({schema.key: schema for schema in found})
         capacities = {key: {name: tuple(shape) for name, shape in fields} for key, fields in rooms}
-        full.append(Offer(offer.rows, offer.tables, offer.lists, capacities, offer.ledger, offer.notes))
+        full.append(replace(offer, capacities=capacities))
     return holds, full
 
 
@@ -319,35 +402,42 @@ def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _check_ledgers(offers: Sequence[Offer], content: Ledger) -> None:
-    everything = [("the content", content)]
+def joined_ledger(content: Ledger, offers: Sequence[Offer]) -> Ledger:
+    """The samples behind reductions after the merge. `DuplicateSamples`, alike on every rank, if some came twice."""
+    joined = content.copy()
     for rank, offer in enumerate(offers):
         ledger = Ledger.from_plain(offer.ledger)
-        for who, earlier in everything:
-            earlier.check_all(ledger, f"{who} and rank {rank} both:" if who != "the content" else who)
-        if ledger:
-            everything.append((f"rank {rank}", ledger))
+        try:
+            joined.check_all(ledger)
+        except DuplicateSamples:
+            content.check_all(ledger, f"rank {rank} brings them, the content")
+            for earlier in range(rank):
+                seen = Ledger.from_plain(offers[earlier].ledger)
+                seen.check_all(ledger, f"rank {rank} brings them, rank {earlier}")
+            raise
+        joined.add_all(ledger)
+    return joined
 
 
-def make_offer(delta: ActivationCache, kept: Mapping[str, KeptEntry]) -> Offer:
+def make_offer(delta: ActivationCache) -> Offer:
     """What a delta's kept values come to in rows and bytes."""
     rows: dict[str, tuple[int, int]] = {}
-    lists: dict[str, int] = {}
+    lists: dict[str, tuple[int, bool]] = {}
     tables: list[Table] = []
     numbers: dict[tuple[int, ...], int] = {}
-    for key, entry in kept.items():
-        if isinstance(entry.state, Rows):
-            pieces = [piece for piece in entry.state.pieces if len(piece.value_n)]
-            number = -1
-            if pieces and all(piece.columns is not None for piece in pieces):
-                identity = tuple(id(piece.columns) for piece in pieces)
-                if identity not in numbers:
-                    numbers[identity] = len(tables)
-                    tables.append(_table_of(pieces))
-                number = numbers[identity]
-            rows[key] = (sum(len(piece.value_n) for piece in pieces), number)
-        else:
-            lists[key] = len(encode_list(entry.state))
+    for key, entry in delta._kept().items():
+        if not isinstance(entry.state, Rows):
+            lists[key] = (len(encode_list(entry.state)), _indexed(entry.state))
+            continue
+        pieces = [piece for piece in entry.state.pieces if len(piece.value_n)]
+        number = -1
+        if pieces and all(piece.columns is not None for piece in pieces):
+            identity = tuple(id(piece.columns) for piece in pieces)
+            if identity not in numbers:
+                numbers[identity] = len(tables)
+                tables.append(_table_of(pieces))
+            number = numbers[identity]
+        rows[key] = (sum(len(piece.value_n) for piece in pieces), number)
     return Offer(rows, tuple(tables), lists, {}, tuple(delta._ledger.to_plain()), dict(delta._notes))
 
 
@@ -356,6 +446,10 @@ def _table_of(pieces: Sequence[Piece]) -> Table:
     names = [name for name in known[0].by_name if all(name in columns.by_name for columns in known)]
     dtypes = [codec.dtype_name(known[0].by_name[name].dtype) for name in names]
     return Table(tuple(zip(names, dtypes, strict=True)), sum(map(len, known)), known[0].indexed)
+
+
+def _indexed(values: Sequence[Value]) -> bool:
+    return any(value.columns is not None and value.columns.indexed for value in values)
 
 
 def encode_list(values: Sequence[Value]) -> bytes:
@@ -380,79 +474,93 @@ def decode_list(data: bytes) -> list[Value]:
 
 def move(party: Party, plan: MergePlan, offers: Sequence[Offer]) -> Merged:
     """Reduce scratch, send what is sent, and build the new content beside the old."""
-    strategies = _strategies(party, plan)
+    facts = _new_facts(party.held.facts, plan, offers)
+    strategies = _strategies(party.held, plan)
     _check_memory(party, plan)
-    scratch = _scratch(party, plan, strategies)
+    scratch = _scratch(party.held.delta, plan, strategies)
     _reduce(party, plan, scratch)
     buffers = _send(party, plan)
-    facts = _new_facts(party, plan, offers)
     content = ActivationCache()
-    content._registry = party.content._registry
+    content._registry = party.held.content._registry
     content._ledger = facts.ledger
     if party.holds_content:
-        _build(party, plan, content, scratch, strategies, buffers)
-        for notes in (party.content._notes, *(offer.notes for offer in offers)):
+        _build(content, party.held.content, scratch, plan, strategies, _unpack(plan, buffers))
+        for notes in (party.held.content._notes, *(offer.notes for offer in offers)):
             for key, note in notes.items():
                 content._notes.setdefault(key, note)
     return Merged(content, facts)
 
 
-def _strategies(party: Party, plan: MergePlan) -> dict[str, Strategy]:
+def _new_facts(facts: Facts, plan: MergePlan, offers: Sequence[Offer]) -> Facts:
+    indexed = dict(facts.indexed)
+    for offer in offers:
+        indexed.update(offer.indexed())
+    schemas = {**facts.schemas, **plan.schemas}
+    digest = sum(schema.digest for schema in schemas.values()) % DIGEST_MODULUS
+    return Facts(schemas, indexed, joined_ledger(facts.ledger, offers), digest, facts.epoch + 1)
+
+
+def _strategies(held: Held, plan: MergePlan) -> dict[str, Strategy]:
+    """A strategy object for every key; functions don't travel, so each rank must have them itself."""
     found: dict[str, Strategy] = {}
     by_facts: dict[str, Strategy] = {}
     for key, schema in plan.schemas.items():
-        if '"name": "function"' in schema.strategy:
-            known = party.delta._state_strategy(key) or party.content._state_strategy(key)
-            known = known or _registered(party.delta._registry, key)
-            if not isinstance(known, Function):
-                raise SchemaMismatch(
-                    f"{key!r} merges by {json.loads(schema.strategy)['parameters']['function']} on other ranks, but this "
-                    "rank has no such registration: call register_aggregation alike on every rank."
-                )
-            found[key] = known
-        else:
+        description = json.loads(schema.strategy)
+        if description["name"] != "function":
             if schema.strategy not in by_facts:
-                by_facts[schema.strategy] = described(json.loads(schema.strategy))
+                by_facts[schema.strategy] = described(description)
             found[key] = by_facts[schema.strategy]
+            continue
+        known = held.delta._state_strategy(key) or held.content._state_strategy(key)
+        known = known or _registered(held.delta._registry, key)
+        if not isinstance(known, Function) or strategy_facts(known) != schema.strategy:
+            raise SchemaMismatch(
+                f"{key!r} merges by {description['parameters']['function']} on other ranks, this rank has "
+                f"{known or 'no registration'} for it: call register_aggregation alike on every rank."
+            )
+        found[key] = known
     return found
 
 
 def _check_memory(party: Party, plan: MergePlan) -> None:
-    """`TooLarge` before the scratch and the payloads are taken."""
-    need: dict[str, int] = {}
-    for payload in plan.payloads:
-        if party.holds_content or payload.rank == party.comm.rank:
-            need[payload.device] = need.get(payload.device, 0) + payload.nbytes
-    for segment_id, segment in party.delta._arena.segments.items():
-        need[segment_id.device] = need.get(segment_id.device, 0) + sum(part.nbytes for part in segment.filled())
-    for device, nbytes in need.items():
-        free = available_bytes(device)
-        if nbytes > free:
+    """`TooLarge` before anything is taken, if it would not fit beside what the ranks on this host take too."""
+    comm, held = party.comm, party.held
+    delta_nbytes = {kind: arena_nbytes(held.delta._arena, kind) for kind in ("cpu", "cuda")}
+    kept = any(key not in plan.schemas for key in held.content._arena.entries)  # and so is added to scratch
+    beside = {kind: kept * arena_nbytes(held.content._arena, kind) for kind in ("cpu", "cuda")}
+    for kind in ("cpu", "cuda"):
+        sharing = comm.colocated if kind == "cpu" else (comm.rank,)
+        need = [needed_bytes(plan, rank, kind, party.dst, delta_nbytes[kind], beside[kind]) for rank in sharing]
+        if not sum(need):
+            continue
+        free = available_bytes(_device(kind))
+        log.debug("rank %d: the merge takes %s (%s), %s are free", comm.rank, human(sum(need)), kind, human(free))
+        if sum(need) > free:
+            others = f" and {len(sharing) - 1} more on its host" if len(sharing) > 1 else ""
             raise TooLarge(
-                f"the merge needs {human(nbytes)} beside content and delta on rank {party.comm.rank} ({device}), "
+                f"the merge needs {human(sum(need))} beside content and delta on rank {comm.rank}{others} ({kind}), "
                 f"{human(free)} are free. Merge more often, keep fewer rows, or hold the result on one rank: dst=0."
             )
 
 
-def _scratch(party: Party, plan: MergePlan, strategies: Mapping[str, Strategy]) -> Arena:
-    """A copy of the delta's states in the layout that all ranks share."""
-    arena = party.delta._arena
-    if plan.relaid is None:
-        return arena.copy()
-    twin = Arena()
-    fieldwise = {key: s for key, s in strategies.items() if isinstance(s, Fieldwise)}
-    by_device: dict[str, list[KeySchema]] = {}
-    for key in plan.relaid:
-        by_device.setdefault(plan.schemas[key].device, []).append(plan.schemas[key])
-    for device, schemas in sorted(by_device.items()):
-        where = _device(device)
-        part = arena.relaid(schemas, fieldwise, plan.capacities, where)
-        twin.fold_arena(part) if len(twin) else twin.__dict__.update(part.__dict__)
-    return twin
+def arena_nbytes(arena: Arena, kind: str) -> int:
+    """Bytes of all segments on one type of device."""
+    segments = [segment for segment_id, segment in arena.segments.items() if segment_id.device == kind]
+    return sum(part.nbytes for segment in segments for part in segment.filled())
 
 
 def _device(kind: str) -> torch.device:
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _scratch(delta: ActivationCache, plan: MergePlan, strategies: Mapping[str, Strategy]) -> Arena:
+    """A copy of the delta's states in the layout that all ranks share."""
+    if plan.relaid is None:
+        return delta._arena.copy()
+    schemas = [plan.schemas[key] for key in plan.relaid]
+    fieldwise = {key: s for key, s in strategies.items() if isinstance(s, Fieldwise)}
+    devices = {schema.device: _device(schema.device) for schema in schemas}
+    return delta._arena.relaid(schemas, fieldwise, plan.capacities, devices)
 
 
 def _reduce(party: Party, plan: MergePlan, scratch: Arena) -> None:
@@ -460,23 +568,25 @@ def _reduce(party: Party, plan: MergePlan, scratch: Arena) -> None:
     comm = party.comm
     centred = [key for key, entry in scratch.entries.items() if any(f.round for f in entry.schema.fields)]
     own = {key: {name: tensor.clone() for name, tensor in scratch.state(key).items()} for key in centred}
-    for number in sorted({segment_id.round for segment_id in scratch.segments}):
+    rounds = sorted({segment_id.round for segment_id in scratch.segments})
+    for number in rounds:
         if number:
             for key in centred:
                 state = scratch.state(key)
                 moved = scratch.entries[key].strategy.recentre(own[key], state)
                 for name, tensor in moved.items():
                     state[name].copy_(tensor)
-        transfers = []
-        flipped = []
+        transfers, flipped = [], []
         for segment_id in sorted(s for s in scratch.segments if s.round == number):
+            # What a later round is centred on is needed everywhere; the rest only where the content is held.
+            root = None if segment_id.centred and number < rounds[-1] else party.dst
             for part in scratch.segments[segment_id].filled():
                 wire = part
                 if segment_id.reduction != "sum" and part.is_floating_point():
                     wire = as_sortable(part, largest=segment_id.reduction == "max")
                     flipped.append(wire)
                 for start, stop in buckets(part.numel(), part.element_size(), party.bucket_bytes):
-                    transfers.append(Transfer(wire[start:stop], segment_id.reduction, root=party.dst))
+                    transfers.append(Transfer(wire[start:stop], segment_id.reduction, root=root))
         comm.run(transfers, poll_decision(comm))
         for wire in flipped:
             _flip(wire)
@@ -501,27 +611,22 @@ def _flip(wire: Tensor) -> None:
     wire.bitwise_xor_((wire >> bits).bitwise_and_((1 << bits) - 1))
 
 
-def _send(party: Party, plan: MergePlan) -> dict[int, dict[str, Tensor]]:
-    """Every rank's payload, by rank and device, where content is held; elsewhere this rank's own at most."""
+def _send(party: Party, plan: MergePlan) -> list[Tensor]:
+    """The bytes of the plan's payloads, in its order, where content is held; elsewhere only of this rank's own."""
     comm = party.comm
-    buffers: dict[int, dict[str, Tensor]] = {}
-    transfers = []
+    buffers, transfers = [], []
     for payload in plan.payloads:
         mine = payload.rank == comm.rank
         if not mine and not party.holds_content:
-            if party.dst is None:
-                raise AssertionError
             continue
-        device = _device(payload.device)
         with torch.inference_mode(False):
-            buffer = torch.empty(payload.nbytes, dtype=torch.uint8, device=device)
+            buffer = torch.empty(payload.nbytes, dtype=torch.uint8, device=_device(payload.device))
         if mine:
-            pack(party.delta, payload, buffer)
-        buffers.setdefault(payload.rank, {})[payload.device] = buffer
-        if party.dst == payload.rank:
-            continue
-        for start, stop in buckets(payload.nbytes, 1, party.bucket_bytes):
-            transfers.append(Transfer(buffer[start:stop], "copy", root=payload.rank, to=party.dst))
+            pack(party.held.delta, payload, buffer)
+        buffers.append(buffer)
+        if payload.rank != party.dst:
+            for start, stop in buckets(payload.nbytes, 1, party.bucket_bytes):
+                transfers.append(Transfer(buffer[start:stop], "copy", root=payload.rank, to=party.dst))
     comm.run(transfers, poll_decision(comm))
     return buffers
 
@@ -531,160 +636,158 @@ def pack(delta: ActivationCache, payload: Payload, buffer: Tensor) -> None:
     kept = delta._kept()
     tables: dict[int, list[Columns]] = {}
     for block in payload.blocks:
-        into = buffer[block.offset : block.offset + block.nbytes]
         if block.kind == "rows":
+            rows, start = _tensor(buffer, block), 0
             pieces = [piece for piece in kept[block.key].state.pieces if len(piece.value_n)]
-            if block.table >= 0 and block.table not in tables:
-                tables[block.table] = [piece.columns for piece in pieces]
-            rows = codec.from_bytes(into, codec.dtype_named(block.dtype), block.shape)
-            start = 0
+            if block.table >= 0:
+                tables.setdefault(block.table, [piece.columns for piece in pieces])
             for piece in pieces:
                 rows[start : start + len(piece.value_n)].copy_(piece.value_n)
                 start += len(piece.value_n)
         elif block.kind == "field":
-            codec.from_bytes(into, codec.dtype_named(block.dtype), block.shape).copy_(
-                delta._arena.state(block.key)[block.name]
-            )
+            _tensor(buffer, block).copy_(delta._arena.state(block.key)[block.name])
         elif block.kind == "list":
-            into.copy_(torch.frombuffer(bytearray(encode_list(kept[block.key].state)), dtype=torch.uint8))
-    for payload_block in payload.blocks:
-        if payload_block.kind == "column":
-            into = buffer[payload_block.offset : payload_block.offset + payload_block.nbytes]
-            joined = torch.cat([columns.by_name[payload_block.name] for columns in tables[payload_block.table]])
-            into.copy_(codec.as_bytes(joined))
+            data = bytearray(encode_list(kept[block.key].state))
+            _tensor(buffer, block).copy_(torch.frombuffer(data, dtype=torch.uint8))
+    for block in payload.blocks:
+        if block.kind == "column":
+            torch.cat([columns.by_name[block.name] for columns in tables[block.table]], out=_tensor(buffer, block))
+
+
+def _tensor(buffer: Tensor, block: Block) -> Tensor:
+    """A block of a payload, as the tensor that it is: a view."""
+    raw = buffer[block.offset : block.offset + block.nbytes]
+    return raw.view(codec.dtype_named(block.dtype)).view(block.shape)
+
+
+@dataclass(slots=True)
+class _Arrived:
+    """What payloads brought, by key, in the order of ranks."""
+
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    lists: dict[str, list[list[Value]]] = field(default_factory=dict)
+    states: dict[str, State] = field(default_factory=dict)
+
+
+def _unpack(plan: MergePlan, buffers: Sequence[Tensor]) -> _Arrived:
+    placed = [
+        (payload.rank, block, _tensor(buffer, block))
+        for payload, buffer in zip(plan.payloads, buffers, strict=True)
+        for block in payload.blocks
+    ]
+    by_name: dict[tuple[int, int], dict[str, Tensor]] = {}
+    for rank, block, tensor in placed:
+        if block.kind == "column":
+            by_name.setdefault((rank, block.table), {})[block.name] = tensor
+    columns = {(rank, n): Columns(known, plan.tables[rank][n].indexed) for (rank, n), known in by_name.items()}
+    arrived = _Arrived()
+    for rank, block, tensor in placed:
+        if block.kind == "rows":
+            piece = Piece(tensor, columns.get((rank, block.table)))
+            arrived.pieces.setdefault(block.key, []).append(piece)
+        elif block.kind == "list":
+            arrived.lists.setdefault(block.key, []).append(decode_list(tensor.numpy().tobytes()))
+        elif block.kind == "field":
+            arrived.states.setdefault(block.key, {})[block.name] = tensor
+    return arrived
 
 
 def _build(
-    party: Party,
-    plan: MergePlan,
     content: ActivationCache,
+    old: ActivationCache,
     scratch: Arena,
+    plan: MergePlan,
     strategies: Mapping[str, Strategy],
-    buffers: Mapping[int, Mapping[str, Tensor]],
+    arrived: _Arrived,
 ) -> None:
-    """Content first, then rank 0's values, then rank 1's."""
-    old = party.content
+    """Fill `content`: what was there first, then rank 0's values, then rank 1's. `old` is only read."""
     content._arena = scratch
-    tables: dict[tuple[int, int], Columns] = {}
-    columns: dict[tuple[int, int], dict[str, Tensor]] = {}
-    found: dict[str, Any] = {}
-    for payload in plan.payloads:
-        for block in payload.blocks:
-            if block.kind == "column":
-                raw = buffers[payload.rank][payload.device][block.offset : block.offset + block.nbytes]
-                by_name = columns.setdefault((payload.rank, block.table), {})
-                by_name[block.name] = codec.from_bytes(raw, codec.dtype_named(block.dtype), block.shape)
-    for (rank, number), by_name in columns.items():
-        tables[rank, number] = Columns(by_name, plan.tables[rank][number].indexed)
-    sole: dict[str, dict[str, Tensor]] = {}
-    for payload in plan.payloads:
-        for block in payload.blocks:
-            raw = buffers[payload.rank][payload.device][block.offset : block.offset + block.nbytes]
-            if block.kind == "rows":
-                value_n = codec.from_bytes(raw, codec.dtype_named(block.dtype), block.shape)
-                piece = Piece(value_n, tables.get((payload.rank, block.table)))
-                found.setdefault(block.key, []).append(piece)
-            elif block.kind == "list":
-                found.setdefault(block.key, []).extend(decode_list(raw.cpu().numpy().tobytes()))
-            elif block.kind == "field":
-                sole.setdefault(block.key, {})[block.name] = codec.from_bytes(
-                    raw, codec.dtype_named(block.dtype), block.shape
-                )
-    for key, state in sole.items():
-        strategy = strategies[key]
+    for key, state in arrived.states.items():
+        strategy, result = strategies[key], codec.dtype_named(plan.schemas[key].result or "")
         assert isinstance(strategy, Fieldwise)
-        content._put_state((key,), strategy, state, codec.dtype_named(plan.schemas[key].result or ""), leading=False)
+        content._put_state((key,), strategy, state, result, leading=False)
     scratch.fold_arena(old._arena)
-    for key, entry in old._kept().items():
-        if key not in found:
-            content._set_kept(key, entry.strategy, entry.state)
-    for key, values in found.items():
-        strategy = strategies[key]
-        before = old._entries.get(key)
-        earlier = before.state if isinstance(before, KeptEntry) else None
-        state: Any
-        if plan.schemas[key].kind == "rows":
-            pieces = [piece for piece in values if len(piece.value_n)] or values[:1]
-            state = Rows([*(earlier.pieces if earlier is not None else ()), *pieces])
-        else:
-            state = list(earlier or ())
-            for value in values:
-                state = strategy.combine(state, [value]) if state else [value]
-            if isinstance(strategy, Function):
-                state = [Value(strategy.finalize(state))]
-                codec.check_plain(state[0].data, key)
-        content._set_kept(key, strategy, state)
     for key in scratch.entries:
         content._entries[key] = REDUCED
+    earlier = old._kept()
+    for key, entry in earlier.items():
+        content._set_kept(key, entry.strategy, entry.state)
+    for key, pieces in arrived.pieces.items():
+        before = earlier[key].state.pieces if key in earlier else []
+        full = [piece for piece in pieces if len(piece.value_n)] or pieces[:1]
+        content._set_kept(key, strategies[key], Rows([*before, *full]))
+    for key, states in arrived.lists.items():
+        content._set_kept(key, strategies[key], _joined_list(key, strategies[key], earlier.get(key), states))
     # Keys stand in one order on every rank: the content's, then new ones by name.
-    order = [
-        *(key for key in old._entries),
-        *sorted(key for key in content._entries if key not in old._entries),
-    ]
-    content._entries = {key: content._entries[key] for key in order}
+    new = sorted(key for key in content._entries if key not in old._entries)
+    content._entries = {key: content._entries[key] for key in [*old._entries, *new]}
 
 
-def _new_facts(party: Party, plan: MergePlan, offers: Sequence[Offer]) -> Facts:
-    facts = party.facts
-    indexed = dict(facts.indexed)
-    ledger = facts.ledger.copy()
-    for offer in offers:
-        for key, (num_rows, table) in offer.rows.items():
-            if num_rows:
-                indexed[key] = table >= 0 and offer.tables[table].indexed
-        ledger.add_all(Ledger.from_plain(offer.ledger))
-    schemas = {**facts.schemas, **plan.schemas}
-    digest = sum(schema.digest for schema in schemas.values()) % DIGEST_MODULUS
-    return Facts(schemas, indexed, ledger, digest, facts.epoch + 1)
+def _joined_list(key: str, strategy: Strategy, before: KeptEntry | None, states: list[list[Value]]) -> list[Value]:
+    """The state of all values in order; a plain function's is the one value that it makes of them."""
+    state: list[Value] | None = before.state if before is not None else None
+    if state is not None and isinstance(strategy, Function):
+        # A function may write into what it is given, and this may yet come to nothing.
+        state = [Value(codec.decode(codec.encode(value.data)), columns=value.columns) for value in state]
+    for theirs in states:
+        state = theirs if state is None else strategy.combine(state, theirs)
+    assert state is not None
+    if isinstance(strategy, Function):
+        state = [Value(strategy.finalize(state))]
+        codec.check_plain(state[0].data, key)
+    return state
 
 
 # -- commit ----------------------------------------------------------------------------------------------------
 
 
-def commit(comm: Communicator, number: int, merged: Any = None) -> BaseException | None:
-    """Vote yes and wait for the one decision; returns if it is to commit. `MergeInDoubt` if the store is lost.
+def commit(comm: Communicator, number: int, held: Held, merged: Merged) -> None:
+    """Vote yes, wait for the one decision, and swap pointers if it is to commit.
 
-    Returns the interruption (Ctrl-C) that came too late to stop it, for the caller to raise after committing.
+    `MergeInDoubt` if the store is lost after the vote. Ctrl-C while others vote ends the merge for everybody, or
+    comes too late to: then it is raised once pointers have swapped.
     """
-    store, key = comm.store, decision_key(number)
-    if comm.world_size == 1:
-        return None
     interrupted: BaseException | None = None
-    check_decision(comm, number)
-    votes = store.add(f"{number}/votes", 1)
-    try:
-        if votes == comm.world_size:
-            decision = store.decide(key, COMMIT)
-        else:
-            decision = _await_decision(comm, number, votes)
-    except StoreLost as error:
-        doubt = MergeInDoubt(
-            f"the store was lost after this rank voted yes: the cluster may or may not have committed ({error}). Content "
-            "and delta are as they were before; the result is kept as `merged` of this error."
-        )
-        doubt.merged = merged  # type: ignore[attr-defined]
-        raise doubt from error
-    except BaseException as error:
-        decision = post_abort(comm, number, comm.rank, describe_error(error))
+    with held_interrupts() as let_through:
+        comm.store.set(f"voted/{comm.rank}", str(number).encode())
+        try:
+            decision = vote(comm, number, let_through)
+        except StoreLost as error:
+            held.doubt = merged
+            doubt = MergeInDoubt(
+                f"the store was lost after this rank voted yes, so the others may or may not have committed ({error}). "
+                "Content and delta are as they were, and the result is kept: cache.rejoin() connects anew, and the "
+                "next cache.merge() finds out and goes on from there."
+            )
+            doubt.merged = merged  # type: ignore[attr-defined]
+            raise doubt from error
+        except BaseException as error:
+            decision = post_abort(comm, number, comm.rank, describe_error(error))
+            interrupted = error
+        if decision == COMMIT:
+            held.adopt(merged)
+        if interrupted is not None:
+            raise interrupted
         if decision != COMMIT:
-            raise
-        interrupted = error
-    if decision != COMMIT:
-        raise _Decided(decision)
-    return interrupted
+            raise _Decided(decision)
 
 
-def _await_decision(comm: Communicator, number: int, votes: int) -> bytes:
-    store, heart = comm.store, comm.heart
-    assert heart is not None
+def vote(comm: Communicator, number: int, let_through: Poll) -> bytes:
+    """This rank's yes; the decision, which the last vote makes, or whoever finds that a rank is lost."""
+    store, heart, key = comm.store, comm.heart, decision_key(number)
+    if heart is None:
+        return COMMIT
+    peers = [rank for rank in range(comm.world_size) if rank != comm.rank]
+    votes = store.add(f"{number}/votes", 1)
     progress = looked = time.monotonic()
     nap_s = 0.0002
-    while True:
-        found = store.get(decision_key(number))
+    while votes < comm.world_size:
+        found = store.get(key)
         if found is not None:
             return found
         time.sleep(nap_s)
         nap_s = min(nap_s * 1.3, 0.02)
+        let_through()
         now = time.monotonic()
         if now - looked < heart.interval_s / 2:
             continue
@@ -692,8 +795,32 @@ def _await_decision(comm: Communicator, number: int, votes: int) -> bytes:
         seen = store.add(f"{number}/votes", 0)
         if seen > votes:
             votes, progress = seen, now
-        silent = [r for r in range(comm.world_size) if r != comm.rank and heart.silent_s(r) > comm.timeout_s]
-        if silent:
-            return post_abort(comm, number, silent[0], f"was silent for {comm.timeout_s:g} s before it had voted")
+        for rank in peers:
+            if heart.silent_s(rank) > comm.timeout_s:
+                return post_abort(comm, number, rank, f"was silent for {comm.timeout_s:g} s while others voted")
         if now - progress > comm.timeout_s:
-            return post_abort(comm, number, comm.rank, f"saw no vote for {comm.timeout_s:g} s after its own")
+            late = [rank for rank in peers if store.get(f"voted/{rank}") != str(number).encode()]
+            blamed = (late or [comm.rank])[0]
+            return post_abort(comm, number, blamed, f"had not voted {comm.timeout_s:g} s after the last vote")
+    # Whoever sees the last vote may decide: its rank may have died since.
+    return store.decide(key, COMMIT)
+
+
+def announce(comm: Communicator, number: int) -> None:
+    """Tell everybody that this rank has done what all others wait for in `learn`."""
+    decision = comm.store.decide(decision_key(number), COMMIT)
+    if decision != COMMIT:
+        raise _Decided(decision)
+
+
+def learn(comm: Communicator, number: int, rank: int) -> None:
+    """Wait until `rank` has done it, for as long as it's alive."""
+    heart = comm.heart
+    assert heart is not None
+    while (decision := comm.store.get(decision_key(number))) is None:
+        time.sleep(heart.interval_s / 10)
+        if heart.silent_s(rank) > comm.timeout_s:
+            decision = post_abort(comm, number, rank, f"was silent for {comm.timeout_s:g} s")
+            break
+    if decision != COMMIT:
+        raise _Decided(decision)

@@ -27,22 +27,28 @@ class Table:
 class Offer:
     """What one rank tells the others about what it will send, beyond the schema.
 
-    `rows`: key -> (number of rows, number of its table or -1). `lists`: key -> encoded bytes. `capacities`:
-    key -> field -> shape, for field-wise states; only exchanged where layouts differ.
+    `rows`: key -> (number of rows, number of its table or -1). `lists`: key -> (encoded bytes, whether its values
+    carry the samples' indices). `capacities`: key -> field -> shape, for field-wise states; only exchanged where
+    layouts differ.
     """
 
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tables: tuple[Table, ...] = ()
-    lists: Mapping[str, int] = field(default_factory=dict)
+    lists: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
     capacities: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     ledger: tuple[Any, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
+
+    def indexed(self) -> dict[str, bool]:
+        """Whether a key's values carry the samples' indices, for keys that have any."""
+        found = {key: table >= 0 and self.tables[table].indexed for key, (n, table) in self.rows.items() if n}
+        return {**found, **{key: indexed for key, (_, indexed) in self.lists.items()}}
 
     def to_plain(self) -> list[Any]:
         return [
             {key: list(counts) for key, counts in self.rows.items()},
             [[[list(column) for column in t.columns], t.num_rows, t.indexed] for t in self.tables],
-            dict(self.lists),
+            {key: list(facts) for key, facts in self.lists.items()},
             {key: {name: list(s) for name, s in fields.items()} for key, fields in self.capacities.items()},
             list(self.ledger),
             dict(self.notes),
@@ -54,7 +60,7 @@ class Offer:
         return cls(
             {key: (counts[0], counts[1]) for key, counts in rows.items()},
             tuple(Table(tuple((c[0], c[1]) for c in columns), n, indexed) for columns, n, indexed in tables),
-            lists,
+            {key: (facts[0], facts[1]) for key, facts in lists.items()},
             {key: {name: tuple(s) for name, s in fields.items()} for key, fields in capacities.items()},
             tuple(ledger),
             notes,
@@ -152,15 +158,12 @@ def make_plan(
 def _check_indexed(offers: Sequence[Offer], content_indexed: Mapping[str, bool]) -> None:
     indexed = {key: (flag, "the content") for key, flag in content_indexed.items()}
     for rank, offer in enumerate(offers):
-        for key, (num_rows, table) in offer.rows.items():
-            if not num_rows:
-                continue
-            flag = table >= 0 and offer.tables[table].indexed
+        for key, flag in offer.indexed().items():
             first, who = indexed.setdefault(key, (flag, f"rank {rank}"))
             if first != flag:
                 yes, no = (who, f"rank {rank}") if first else (f"rank {rank}", who)
                 raise SchemaMismatch(
-                    f"cannot order {key!r}: {yes} brought rows with an index, {no} without. "
+                    f"cannot order {key!r}: {yes} has values with an index, {no} without. "
                     "On one key either every non-empty cat has index= or none has."
                 )
 
@@ -189,11 +192,35 @@ def _payloads(
         for name, dtype in table_.columns:
             put("cpu", "column", "", name, dtype, (table_.num_rows,), number)
     for key in sorted(offer.lists):
-        put("cpu", "list", key, "", "uint8", (offer.lists[key],))
+        put("cpu", "list", key, "", "uint8", (offer.lists[key][0],))
     for key in sole:
         for spec in schemas[key].fields:
             put(schemas[key].device, "field", key, spec.name, spec.dtype, capacities[key][spec.name])
     return [Payload(rank, device, tuple(found), ends[device]) for device, found in sorted(blocks.items())]
+
+
+def needed_bytes(
+    plan: MergePlan, rank: int, device: str, dst: int | None, delta_nbytes: int, content_nbytes: int
+) -> int:
+    """Bytes that a rank's merge takes on one type of device, beside its content and delta.
+
+    `delta_nbytes`: of this rank's segments, which are every rank's where layouts agree. `content_nbytes`: of the
+    content's segments that are copied, where the content is held.
+    """
+    holds = dst in (None, rank)
+    payloads = [p for p in plan.payloads if p.device == device and (holds or p.rank == rank)]
+    sent = sum(payload.nbytes for payload in payloads)
+    if plan.relaid is None:
+        scratch = delta_nbytes
+    else:
+        fields = [
+            (key, f) for key in plan.relaid for f in plan.schemas[key].fields if plan.schemas[key].device == device
+        ]
+        scratch = sum(math.prod(plan.capacities[key][f.name]) * dtype_named(f.dtype).itemsize for key, f in fields)
+    if holds:  # a state that was sent joins the others in scratch
+        states = [block.nbytes for payload in payloads for block in payload.blocks if block.kind == "field"]
+        scratch += sum(states) + content_nbytes
+    return sent + scratch
 
 
 def buckets(numel: int, itemsize: int, bucket_bytes: int) -> list[tuple[int, int]]:

@@ -228,7 +228,7 @@ class Arena:
             segment = self.segments.get(segment_id)
             if segment is None:
                 segment = self.segments[segment_id] = Segment(segment_id, device)
-            chunk, offset = segment.allocate(numel * len(schemas))
+            chunk, offset = segment.allocate(max(1, numel * len(schemas)))  # a place even for no elements
             for i, held in enumerate(slots):
                 held[field.name] = Slot(segment_id, chunk, offset + i * numel, shape)
         slab = tuple(schema.key for schema in schemas)
@@ -286,9 +286,7 @@ class Arena:
         entry = self.entries.get(keys[0])
         return entry is not None and (len(keys) == 1 or entry.slab == tuple(keys))
 
-    def make_room(
-        self, keys: Sequence[str], strategy: Fieldwise, state: State, result: torch.dtype
-    ) -> tuple[str, ...]:
+    def make_room(self, keys: Sequence[str], strategy: Fieldwise, state: State, result: torch.dtype) -> tuple[str, ...]:
         """Make room for a state [K, …] of K keys, all new or none; the new ones. What is held stays as it is."""
         wanted = {name: tuple(tensor.shape[1:]) for name, tensor in state.items()}
         if keys[0] not in self.entries:
@@ -301,7 +299,7 @@ class Arena:
         return ()
 
     def fold(self, keys: Sequence[str], state: State) -> None:
-        """Fold a state [K, …] into K keys that have room for it and are known to fit: an operation a field for a slab."""
+        """Fold a state [K, …] into K keys that have room and are known to fit: an operation a field for a slab."""
         together = self.slab(keys)
         if together is not None:
             self.entries[keys[0]].strategy.fold_(together, _on(state, together))
@@ -334,10 +332,11 @@ class Arena:
                 m is None or m == n for m, n in zip(spec.shape, shape, strict=True)
             )
             if not same or dtype_name(dtypes[name]) != spec.dtype:
+                expected = tuple("*" if n is None else n for n in spec.shape)
                 raise SchemaMismatch(
-                    f"cannot fold into {key!r}: expected {name} of {spec.dtype} "
-                    f"{tuple('*' if n is None else n for n in spec.shape)}, got {dtype_name(dtypes[name])} {shape}. Give "
-                    f"every value of a key one shape; for different sizes use {type(strategy).__name__}(ragged=True)."
+                    f"cannot fold into {key!r}: expected {name} of {spec.dtype} {expected}, got "
+                    f"{dtype_name(dtypes[name])} {shape}. Give every value of a key one shape; for different sizes use "
+                    f"{type(strategy).__name__}(ragged=True)."
                 )
             capacity(strategy, name, shape)  # raises where `size` is exceeded
         if entry.schema.result != dtype_name(result):
@@ -399,13 +398,16 @@ class Arena:
         schemas: Sequence[KeySchema],
         strategies: Mapping[str, Fieldwise],
         capacities: Mapping[str, Mapping[str, tuple[int, ...]]],
-        device: torch.device,
+        devices: Mapping[str, torch.device],
     ) -> Arena:
-        """A copy in the layout that this order of keys and these capacities give; absent keys hold identities."""
+        """A copy in the layout that this order of keys and these capacities give; absent keys hold identities.
+
+        `devices`: by the types that the schemas name.
+        """
         twin = Arena()
         for schema in schemas:
             key = schema.key
-            twin._place([schema], strategies[key], capacities[key], device)
+            twin._place([schema], strategies[key], capacities[key], devices[schema.device])
             if key in self.entries:
                 twin.entries[key].strategy.fold_(twin.state(key), self.state(key))
         return twin

@@ -28,18 +28,20 @@ class Site:
     Args:
         name_or_path: a named site of a known family ("resid_out"), or a module's path, with `{layer}` for a number.
         io: which side of the module, for paths; named sites know theirs.
-        tokens: "all": every valid token is a row; "last": the last valid one; "mean": one row a sample; a slice, a
-            number or a list of numbers counts valid tokens, and a sample that is too short has no such row. Values
-            without a token dim, [B, …], give one row a sample.
+        tokens: "all": every valid token is a row; "last": the last valid one; "mean": one row a sample, in float32 at
+            least; a slice, a number or a list of numbers counts valid tokens, and a sample that is too short has no
+            such row. Rows come in the order of samples and tokens, each once. Values without a token dim, [B, …],
+            give one row a sample.
         reduce: a strategy for the rows, or a dict of suffix to strategy, which gives several keys from one hook
-            (`{key}_{suffix}`); None keeps the rows.
+            (`{key}_{suffix}`; the suffix "" is the key itself); None leaves it to the cache.
         layers: only these; None for all.
         dtype, device: what rows that are kept are converted and moved to.
-        transform: `transform(x_n, columns)` on the selected rows [n, …]; keeps their number.
+        transform: `transform(x_n, columns)` on the selected rows [n, …]; keeps their number, and writes to none, because
+            they may be the model's own.
         optional: whether the site may report nothing in a pass, as routed experts do.
         key: the key's name, with `{layer}` where the path has it (and `{head}` for heads), or `{path}` for the path.
 
-    `SiteError` for a side or tokens that mean nothing.
+    `SiteError` for a side, tokens, layers or strategies that mean nothing.
     """
 
     name_or_path: str
@@ -56,7 +58,22 @@ class Site:
     def __post_init__(self) -> None:
         if self.io not in ("input", "output"):
             raise SiteError(f"site {self.name_or_path!r}: io is 'input' or 'output', got {self.io!r}.")
+        if self.layers is not None and (isinstance(self.layers, str) or not isinstance(self.layers, Sequence)):
+            raise SiteError(f"site {self.name_or_path!r}: layers is a list of numbers or None, got {self.layers!r}.")
         as_selector(self.tokens, self.name_or_path)
+        self.strategies()
+
+    def strategies(self) -> dict[str, Strategy | None]:
+        """Suffix -> strategy; None where the cache that rows go into decides."""
+        if self.reduce is None:
+            return {"": None}
+        by_suffix = self.reduce if isinstance(self.reduce, Mapping) else {"": self.reduce}
+        if not by_suffix:
+            raise SiteError(f"site {self.name_or_path!r}: reduce is an empty dict; give suffixes and strategies.")
+        try:
+            return {suffix: as_strategy(strategy) for suffix, strategy in by_suffix.items()}
+        except (TypeError, ValueError) as error:
+            raise SiteError(f"site {self.name_or_path!r}: {error}") from error
 
 
 Sites = Sequence[str | Site] | Mapping[str, str | Site] | str | Site
@@ -67,7 +84,7 @@ class Target:
     """A site at one module: what a hook needs to know.
 
     `keys`: one, or one per head that lies in the last dim. `part`: (i, n) for the i-th of n equal parts of the last
-    dim. `strategies`: suffix -> strategy; empty where rows are kept.
+    dim. `strategies`: as of `Site.strategies`.
     """
 
     site: Site
@@ -77,14 +94,15 @@ class Target:
     where: str
     per_head: bool = False
     part: tuple[int, int] | None = None
-    strategies: Mapping[str, Strategy] = field(default_factory=dict)
+    strategies: Mapping[str, Strategy | None] = field(default_factory=dict)
 
     def all_keys(self) -> Iterator[str]:
         """Every key that it fills."""
-        for suffix in self.strategies or ("",):
+        for suffix in self.strategies:
             yield from self.suffixed(suffix)
 
     def suffixed(self, suffix: str) -> tuple[str, ...]:
+        """The keys of one strategy."""
         return tuple(f"{key}_{suffix}" for key in self.keys) if suffix else self.keys
 
 
@@ -107,6 +125,14 @@ def resolve_sites(model: nn.Module, sites: Sites) -> tuple[list[Target], list[At
     without its placeholder, or two sites with one key.
     """
     modules = named_modules(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and any(
+        name.rpartition(".")[2] == "decoder" for name in modules
+    ):
+        # The encoder's mask fits what a decoder shows, by chance, where texts are as long.
+        raise SiteError(
+            f"{type(model).__name__} has an encoder and a decoder, each with a mask of its own: record one of them, as in "
+            "record(model.get_encoder(), …), and call the whole model as before."
+        )
     family: Family | None = None
     targets: list[Target] = []
     attention: list[AttentionTarget] = []
@@ -114,7 +140,7 @@ def resolve_sites(model: nn.Module, sites: Sites) -> tuple[list[Target], list[At
         if not site.name_or_path.isidentifier() or site.name_or_path in modules:
             targets.extend(_path_targets(modules, site))
             continue
-        family = family or find_family(model, modules)
+        family = family or find_family(model, modules, site.name_or_path)
         if site.name_or_path in ATTENTION_SITES:
             attention.extend(_attention_targets(modules, family, site))
         else:
@@ -147,12 +173,12 @@ def _named_targets(modules: Mapping[str, nn.Module], family: Family, site: Site)
     template = site.key or (f"{name}_L{{layer}}H{{head}}" if per_head else f"{name}_{{layer}}" if per_layer else name)
     _check_template(site, template, {name for name, there in (("layer", per_layer), ("head", per_head)) if there})
     found = []
-    for layer in _wanted_layers(site, range(family.num_layers)) if per_layer else [None]:
+    for layer in _wanted_layers(site, range(family.num_layers) if per_layer else None):
         path = family.path(point.path, layer)
         heads = range(family.heads(point)) if per_head else [0]
         keys = tuple(template.format(layer=layer, head=head) for head in heads)
         where = f"{name!r} at {path}"
-        found.append(Target(site, modules[path], point.io, keys, where, per_head, point.part, _strategies(site)))
+        found.append(Target(site, modules[path], point.io, keys, where, per_head, point.part, site.strategies()))
     return found
 
 
@@ -160,15 +186,18 @@ def _attention_targets(modules: Mapping[str, nn.Module], family: Family, site: S
     name = site.name_or_path
     template = site.key or f"{name}_L{{layer}}H{{head}}"
     _check_template(site, template, {"layer", "head"})
-    strategy: AveragePattern | None = None
+    if site != Site(name, reduce=site.reduce, layers=site.layers, optional=site.optional, key=site.key):
+        raise SiteError(
+            f"site {name!r} is of whole patterns: only reduce, layers, optional and key mean something to it."
+        )
+    strategy: Strategy | None = None
     if name == "avg_attn_pattern":
-        given = _strategies(site).get("") if site.reduce is not None else AveragePattern()
-        if not isinstance(given, AveragePattern):
+        strategy = AveragePattern() if site.reduce is None else site.strategies().get("")
+        if not isinstance(strategy, AveragePattern):
             raise SiteError(
                 f"site {name!r} brings its own state, the sum of patterns and the number of samples that have each "
                 "query: leave out reduce=, or give AveragePattern(size=…) to fix the extent."
             )
-        strategy = given
     elif site.reduce is not None:
         raise SiteError(f"site {name!r} keeps each sample's pattern: leave out reduce=, or take 'avg_attn_pattern'.")
     found = []
@@ -182,7 +211,7 @@ def _attention_targets(modules: Mapping[str, nn.Module], family: Family, site: S
 def _path_targets(modules: Mapping[str, nn.Module], site: Site) -> list[Target]:
     path = bare_name(site.name_or_path)
     template = site.key or path
-    in_path, in_key = _fields(path), _fields(template)
+    in_path, in_key = _fields(site, path), _fields(site, template)
     unknown = sorted((in_path - {"layer"}) | (in_key - {"layer", "path"}))
     if unknown:
         raise SiteError(f"site {path!r}: unknown placeholder {unknown}; known are {{layer}}, and {{path}} in the key.")
@@ -203,41 +232,42 @@ def _path_targets(modules: Mapping[str, nn.Module], site: Site) -> list[Target]:
             f"{', …' if len(near) > 12 else '.'}"
         )
     layers = [int(match["layer"]) if in_path else None for _, _, match in matches]
-    wanted = set(_wanted_layers(site, [n for n in layers if n is not None])) if in_path else {None}
+    wanted = _wanted_layers(site, [n for n in layers if n is not None] if in_path else None)
     found = []
     for (name, module, _), layer in zip(matches, layers, strict=True):
         if layer in wanted:
             key = template.format(layer=layer, path=name)
             where = f"{path!r} ({name})" if in_path else f"{path!r}"
-            found.append(Target(site, module, site.io, (key,), where, strategies=_strategies(site)))
+            found.append(Target(site, module, site.io, (key,), where, strategies=site.strategies()))
     return found
 
 
-def _fields(template: str) -> set[str]:
-    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+def _fields(site: Site, template: str) -> set[str]:
+    """The names of a template's placeholders."""
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise SiteError(f"site {site.name_or_path!r}: cannot read the template {template!r}: {error}.") from error
 
 
 def _check_template(site: Site, template: str, placeholders: set[str]) -> None:
-    if _fields(template) != placeholders:
+    if _fields(site, template) != placeholders:
         wanted = " and ".join(f"{{{name}}}" for name in sorted(placeholders, reverse=True)) or "no placeholder"
         raise SiteError(f"site {site.name_or_path!r}: the key template {template!r} must have {wanted}.")
 
 
-def _wanted_layers(site: Site, layers: Sequence[int]) -> list[int]:
-    missing = sorted(set(site.layers or ()) - set(layers))
-    if missing or (site.layers is not None and not len(site.layers)):
+def _wanted_layers(site: Site, layers: Sequence[int] | None) -> Sequence[int | None]:
+    """Those of `layers` that a site asks for; [None] for a site without layers."""
+    if layers is None:
+        if site.layers is not None:
+            raise SiteError(f"site {site.name_or_path!r} has no layers: leave out layers={site.layers!r}.")
+        return [None]
+    if site.layers is None:
+        return layers
+    missing = sorted(set(site.layers) - set(layers))
+    if missing or not site.layers:
         raise SiteError(f"site {site.name_or_path!r}: no layers {missing}; the model has {min(layers)}..{max(layers)}.")
-    return [layer for layer in layers if site.layers is None or layer in site.layers]
-
-
-def _strategies(site: Site) -> dict[str, Strategy]:
-    if site.reduce is None:
-        return {}
-    if not isinstance(site.reduce, Mapping):
-        return {"": as_strategy(site.reduce)}
-    if not site.reduce:
-        raise SiteError(f"site {site.name_or_path!r}: reduce is an empty dict; give suffixes and strategies.")
-    return {suffix: as_strategy(strategy) for suffix, strategy in site.reduce.items()}
+    return [layer for layer in layers if layer in site.layers]
 
 
 def _check_keys(targets: Sequence[Target | AttentionTarget]) -> None:

@@ -42,11 +42,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distcache import codec
-from distcache.cache import REDUCED, ActivationCache, KeptEntry, LazyEntry, RawEntry
+from distcache.cache import ActivationCache
+from distcache.entries import REDUCED, KeptEntry, LazyEntry, RawEntry
 from distcache.errors import BadCache
 from distcache.ledger import Ledger
 from distcache.memory import human
-from distcache.schema import KeySchema
 from distcache.segments import capacity
 from distcache.strategies import (
     Columns,
@@ -168,7 +168,7 @@ class Reduced(_Part, frozen=True, tag="reduced", tag_field="kind"):
 
 
 class Concatenated(_Part, frozen=True, tag="rows", tag_field="kind"):
-    """Rows [n, …], joined, in the samples' order; without a strategy as they were recorded, over several passes."""
+    """Rows [n, …], joined, in the samples' order; without a strategy as they were recorded."""
 
     key: str
     data: Stored
@@ -449,7 +449,7 @@ def _collect(cache: ActivationCache, writer: _Writer) -> dict[str, Any]:
             entries.append(Listed(key, (writer.value(key, value),)))
         else:
             assert isinstance(entry, RawEntry)
-            if len(entry.values) > 1 and all(_is_row_tensor(value) for value in entry.values):
+            if all(_is_row_tensor(value) for value in entry.values):
                 rows = Rows(Piece(value.data, value.columns) for value in entry.values)
                 entries.append(Concatenated(key, *writer.rows(rows)))
             else:
@@ -757,7 +757,7 @@ class _Reader:
         if strategy is None:
             return RawEntry([Value(value_n, rows=True, columns=columns)])
         self._fits(entry.key, strategy, strategy.finalize, Rows([Piece(value_n, None)]))
-        return KeptEntry(strategy, Rows([Piece(value_n, columns)]), KeySchema(entry.key, "rows", ""))
+        return KeptEntry.of(entry.key, strategy, Rows([Piece(value_n, columns)]))
 
     def _listed(self, entry: Listed, strategy: Strategy | None) -> RawEntry | KeptEntry:
         values = []
@@ -772,7 +772,7 @@ class _Reader:
         if strategy is None:
             return RawEntry(values)
         self._fits(entry.key, strategy, strategy.finalize, values)
-        return KeptEntry(strategy, values, KeySchema(entry.key, "list", ""))
+        return KeptEntry.of(entry.key, strategy, values)
 
     @staticmethod
     def _fits(key: str, strategy: Strategy | None, use: Callable[..., Any], *what: Any) -> Any:

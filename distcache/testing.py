@@ -1,15 +1,21 @@
-"""Run a function on ranks, in warm worker processes: the harness of our tests, shipped for those who write strategies.
+"""What our tests rest on, shipped for those who write strategies: a harness of ranks, and the laws of strategies.
 
     with RankPool() as pool:
         outcomes = pool.run(world_size, function, *args)   # function(rank, world_size, *args) on every rank
 
-The caller keeps the store, as torchrun's agent does, so that it outlives every rank, and every wait has a limit.
+    check_strategy_laws(MyStrategy(), samples)             # AssertionError that names the law it breaks
+
+In the harness the caller keeps the store, as torchrun's agent does, so that it outlives every rank, and every wait has
+a limit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import json
+import math
 import multiprocessing
 import os
 import signal
@@ -23,6 +29,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from distcache import codec
+from distcache.strategies import (
+    Columns,
+    Fieldwise,
+    Function,
+    Listwise,
+    Piece,
+    Rows,
+    Rowwise,
+    State,
+    Strategy,
+    Value,
+    describe,
+    described,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +100,12 @@ class RankPool:
         return process, ours
 
     def outcomes(
-        self, world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60
+        self, world_size: int, function: Callable[..., Any], *args: Any, lost: int | None = None, timeout_s: float = 60
     ) -> list[Outcome]:
         """Run `function(rank, world_size, *args)` on ranks with a gloo process group; how each of them ended.
 
-        A rank that is still at it after `timeout_s` is killed, and `RankFailed` raised.
+        A rank that is still at it after `timeout_s` is killed, and `RankFailed` raised. `lost`: a rank that is
+        expected to end by no means (stopped, or stuck): not waited for, it counts as dead.
         """
         job = next(self._jobs)
         workers = [self._worker() for _ in range(world_size)]
@@ -90,15 +114,18 @@ class RankPool:
         found: dict[int, Outcome] = {}
         by_pipe = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
         deadline = time.monotonic() + timeout_s
-        while len(found) < world_size and (left := deadline - time.monotonic()) > 0:
-            for pipe in wait([p for p, rank in by_pipe.items() if rank not in found], left):
-                assert isinstance(pipe, Connection)
-                rank = by_pipe[pipe]
+        awaited = set(range(world_size)) - {lost}
+        while awaited - found.keys() and (left := deadline - time.monotonic()) > 0:
+            for ready in wait([p for p, rank in by_pipe.items() if rank not in found], left):
+                assert isinstance(ready, Connection)
+                rank = by_pipe[ready]
                 try:
-                    value, error, trace = pipe.recv()
+                    value, error, trace = ready.recv()
                     found[rank] = Outcome(rank, value, error, trace)
                 except (EOFError, ConnectionResetError):
                     found[rank] = Outcome(rank, died=True)
+        if lost is not None:
+            found.setdefault(lost, Outcome(lost, died=True))
         late = [rank for rank in range(world_size) if rank not in found]
         for rank, (process, pipe) in enumerate(workers):
             # A rank that raised may have left its groups in pieces: a fresh worker is cheap.
@@ -134,6 +161,7 @@ def _work(pipe: Connection, port: int) -> None:
         if item is None:
             return
         job, rank, world_size, function, args = item
+        answer: tuple[Any, str | None, str | None]
         try:
             with joined(dist.PrefixStore(f"job{job}", store), rank, world_size):
                 answer = (function(rank, world_size, *args), None, None)
@@ -173,3 +201,225 @@ def splits(num_samples: int, world_size: int) -> Sequence[tuple[int, ...]]:
     even[0] += num_samples - sum(even)
     one_each = [1] * (world_size - 1)
     return [tuple(even), (num_samples - len(one_each), *one_each), (*[0] * (world_size - 1), num_samples)]
+
+
+# -- the laws of strategies ------------------------------------------------------------------------------------
+
+
+def check_strategy_laws(strategy: Strategy, samples: Sequence[Any], weights: Tensor | None = None) -> None:
+    """`AssertionError`, naming the law, if a strategy breaks one that the merge relies on.
+
+    - split: however samples are dealt to ranks, the ranks together say what one rank says that saw all of them;
+    - order: in any order of ranks (strategies that keep values: where samples carry an index);
+    - idle: a rank without samples changes nothing, in no bit;
+    - pure: combining and finalizing change no state but the one that is folded into;
+    - bytes: states and parameters survive a journey as bytes, in every bit;
+    - slab: states of several keys, side by side in a leading dim, fold as each of them does;
+    - rounds: field by field, in rounds, reductions give what combining gives.
+
+    What is kept must come out bit for bit, reductions within 1e-6 of the mean of |x| (of the result's, if larger).
+
+    Args:
+        samples: one value per sample: tensors, for strategies that reduce or keep rows; at least 2, of unlike values.
+        weights: one per sample [n], for strategies that weigh.
+    """
+    strategy = strategy.resolve(Value(samples[0]))
+    laws = _Laws(strategy, samples, weights)
+    laws.split()
+    laws.order()
+    laws.idle()
+    laws.pure()
+    laws.through_bytes()
+    if isinstance(strategy, Fieldwise):
+        laws.slab()
+        laws.rounds()
+
+
+class _Laws:
+    """The laws for one strategy and some samples."""
+
+    def __init__(self, strategy: Strategy, samples: Sequence[Any], weights: Tensor | None) -> None:
+        self.strategy = strategy
+        self.samples = samples
+        self.weights = weights
+        self.everything = range(len(samples))
+        self.reduces = isinstance(strategy, Fieldwise)
+        self.alone = self.finalized(self.state(self.everything))
+
+    def state(self, numbers: Sequence[int], indexed: bool = True) -> Any:
+        """The state of a rank that saw these samples: in one batch where it can, as the hooks do."""
+        if isinstance(self.strategy, Listwise):
+            return self.together([self.take([n], indexed) for n in numbers])
+        batch = {self.samples[n].shape for n in self.everything}
+        if len(batch) > 1 and numbers:
+            return self.together([self.take([n], indexed) for n in numbers])
+        return self.take(numbers, indexed)
+
+    def take(self, numbers: Sequence[int], indexed: bool) -> Any:
+        sample = torch.tensor(numbers, dtype=torch.int64)
+        columns = Columns({"sample": sample, "position": torch.zeros_like(sample)}, True) if indexed else None
+        if isinstance(self.strategy, Listwise):
+            return self.strategy.take(Value(self.samples[numbers[0]], columns=columns))
+        some = [self.samples[n] for n in numbers]
+        data = torch.stack(some) if some else self.samples[0].new_empty(0, *self.samples[0].shape)
+        if isinstance(self.strategy.dim, int) and self.reduces:
+            data = data.movedim(0, self.strategy.dim)
+        weight = None if self.weights is None else self.weights[sample]
+        return self.strategy.take(Value(data, rows=True, columns=columns, weight=weight))
+
+    def together(self, states: Sequence[Any]) -> Any:
+        return functools.reduce(self.strategy.combine, states)
+
+    def finalized(self, state: Any) -> Any:
+        return self.strategy.finalize(state)
+
+    def demand(self, law: str, found: Any, expected: Any, what: str, exact: bool = False) -> None:
+        try:
+            _assert_same(found, expected, None if exact or not self.reduces else self.scale(expected))
+        except AssertionError as error:
+            raise AssertionError(f"{self.strategy} breaks the law of {law}: {what}.\n{error}") from None
+
+    def scale(self, expected: Any) -> float:
+        """What errors are measured by: the mean of |x|, or of the result."""
+        given = torch.cat([torch.as_tensor(x).double().flatten() for x in self.samples])
+        results = [x.double().flatten() for x in _tensors(expected)]
+        means = [x.abs().nanmean().item() for x in (given, *results) if x.numel()]
+        return max((m for m in means if math.isfinite(m)), default=0.0)
+
+    def deals(self) -> Iterator[list[list[int]]]:
+        """Samples by rank, without empty hands: parts in order, and by turns."""
+        n = len(self.samples)
+        for world_size in range(2, min(n, 4) + 1):
+            for sizes in splits(n, world_size):
+                numbers = iter(self.everything)
+                parts = [list(itertools.islice(numbers, size)) for size in sizes]
+                yield [part for part in parts if part]
+            yield [list(self.everything)[rank::world_size] for rank in range(world_size)]
+
+    def split(self) -> None:
+        for deal in self.deals():
+            in_order = [n for part in deal for n in part] == list(self.everything)
+            for indexed in [True, False] if in_order or self.reduces else [True]:
+                found = self.finalized(self.together([self.state(part, indexed) for part in deal]))
+                self.demand("splits", found, self.alone, f"dealt as {deal}")
+
+    def order(self) -> None:
+        for deal in self.deals():
+            states = [self.state(part) for part in deal]
+            for ranks in (states[::-1], [*states[1:], *states[:1]]):
+                found = self.finalized(self.together(ranks))
+                self.demand("order", found, self.alone, f"dealt as {deal}, in another order of ranks")
+
+    def idle(self) -> None:
+        if isinstance(self.strategy, Listwise):
+            return  # a rank without values has no state
+        state = self.state(self.everything)
+        idle = [self.take([], True)]
+        if isinstance(self.strategy, Fieldwise):
+            idle.append(_identity(self.strategy, state))
+        for nothing in idle:
+            for found in (self.strategy.combine(state, nothing), self.strategy.combine(nothing, state)):
+                self.demand(
+                    "idle ranks", self.finalized(found), self.alone, "beside a rank without samples", exact=True
+                )
+
+    def pure(self) -> None:
+        a, b = self.state(self.everything[:1]), self.state(self.everything[1:])
+        before = [codec.encode(_plain_state(state)) for state in (a, b)]
+        self.finalized(self.strategy.combine(a, b))
+        self.finalized(a)
+        after = [codec.encode(_plain_state(state)) for state in (a, b)]
+        self.demand("purity", after, before, "combine or finalize changed a state that it was given", exact=True)
+        self.strategy.fold_(a, b)
+        self.demand("purity", codec.encode(_plain_state(b)), before[1], "fold_ changed what it folds in", exact=True)
+        self.demand("purity", self.finalized(a), self.alone, "fold_ gives something else than combine")
+
+    def through_bytes(self) -> None:
+        for part in (self.everything, self.everything[:1]):
+            state = self.state(part)
+            again = _state_of_plain(self.strategy, codec.decode(codec.encode(_plain_state(state))))
+            found = self.finalized(again)
+            self.demand("bytes", found, self.finalized(state), "a state came back from bytes as another", exact=True)
+        if not isinstance(self.strategy, Function):  # known by its path
+            again = described(json.loads(json.dumps(describe(self.strategy))))
+            assert again == self.strategy, f"{self.strategy} breaks the law of bytes: it came back as {again}."
+
+    def slab(self) -> None:
+        assert isinstance(self.strategy, Fieldwise)
+        parts = [self.everything[:1], self.everything[1:]]
+        one, other = (self.laid_out(self.state(part)) for part in parts)
+        into = {name: torch.stack([one[name], other[name]]) for name in one}
+        self.strategy.fold_(into, {name: torch.stack([other[name], one[name]]) for name in one})
+        for k in range(2):
+            found = self.finalized({name: tensor[k] for name, tensor in into.items()})
+            self.demand("slabs", found, self.alone, f"key {k} of two that were folded as one")
+
+    def rounds(self) -> None:
+        assert isinstance(self.strategy, Fieldwise)
+        for deal in self.deals():
+            states = [self.laid_out(self.state(part)) for part in deal]
+            fields = self.strategy.layout(states[0])
+            merged = {name: tensor.clone() for name, tensor in states[0].items()}
+            for number in sorted({field.round for field in fields}):
+                moved = [self.strategy.recentre(s, {**s, **merged}) if number else s for s in states]
+                for field in fields:
+                    if field.round == number:
+                        merged[field.name] = moved[0][field.name].clone()
+                        for state in moved[1:]:
+                            field.reduction.fold_(merged[field.name], state[field.name])
+            self.demand("rounds", self.finalized(merged), self.alone, f"reduced field by field, dealt as {deal}")
+
+    def laid_out(self, state: State) -> State:
+        """The state with as much room in every field as the state of all samples has."""
+        assert isinstance(self.strategy, Fieldwise)
+        return self.strategy.combine(_identity(self.strategy, self.state(self.everything)), state)
+
+
+def _identity(strategy: Fieldwise, state: State) -> State:
+    """What an idle rank holds: identities in the shapes of a state."""
+    fields = strategy.layout(state)
+    held = {field.name: state[field.name] for field in fields}
+    return {f.name: torch.full_like(held[f.name], f.reduction.identity(held[f.name].dtype)) for f in fields}
+
+
+def _plain_state(state: Any) -> Any:
+    """A state as plain values: what crosses the wire."""
+    if isinstance(state, Rows):
+        pieces = [(piece.value_n, piece.columns) for piece in state.pieces]
+        return [[value_n, None if known is None else [dict(known.by_name), known.indexed]] for value_n, known in pieces]
+    if isinstance(state, list):
+        known = [value.columns for value in state]
+        samples = [columns.by_name["sample"] if columns is not None and columns.indexed else None for columns in known]
+        return [[value.data, sample] for value, sample in zip(state, samples, strict=True)]
+    return state
+
+
+def _state_of_plain(strategy: Strategy, plain: Any) -> Any:
+    if isinstance(strategy, Rowwise):
+        return Rows(Piece(value_n, None if known is None else Columns(*known)) for value_n, known in plain)
+    if isinstance(strategy, Listwise):
+        bare = [(data, None if s is None else {"sample": s, "position": torch.zeros_like(s)}) for data, s in plain]
+        return [Value(data, columns=None if by_name is None else Columns(by_name, True)) for data, by_name in bare]
+    return plain
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _assert_same(found: Any, expected: Any, scale: float | None) -> None:
+    """Equal in every bit, or floats within 1e-6 of `scale`."""
+    if isinstance(expected, Tensor):
+        atol = 0.0 if scale is None or not expected.is_floating_point() else 1e-6 * scale
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol, equal_nan=True)
+    elif isinstance(expected, (dict, list, tuple)):
+        assert type(found) is type(expected) and len(found) == len(expected), f"{found} is not {expected}"
+        names = expected if isinstance(expected, dict) else range(len(expected))
+        for name in names:
+            _assert_same(found[name], expected[name], scale)
+    else:
+        assert found == expected, f"{found!r} is not {expected!r}"

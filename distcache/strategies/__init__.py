@@ -84,11 +84,9 @@ def describe(strategy: Strategy) -> dict[str, Any]:
     """Name and parameters as plain values, for manifests, schemas and pickles. A function by its path."""
     if isinstance(strategy, Function):
         return {"name": "function", "parameters": {"function": strategy.path}}
-    for name, cls in _BY_NAME.items():
-        if type(strategy) is cls:
-            break
-    else:
-        cls = type(strategy)
+    cls = type(strategy)
+    name = next((name for name, known in _BY_NAME.items() if known is cls), None)
+    if name is None:
         raise ValueError(
             f"{cls.__name__} has no name: call dc.register_strategy('{cls.__name__.lower()}', {cls.__name__})."
         )

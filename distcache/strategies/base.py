@@ -214,8 +214,8 @@ class Fieldwise(Strategy):
     def check(self, a: State, b: State, key: str = "value") -> None:
         if set(a) != set(b):
             raise SchemaMismatch(
-                f"cannot combine {key!r}: one state has {sorted(a)}, the other {sorted(b)}. Give every value of a key a "
-                "weight, or none."
+                f"cannot combine {key!r}: one state has {sorted(a)}, the other {sorted(b)}. Give every value of a key "
+                "a weight, or none."
             )
         for name, held in a.items():
             mine, theirs = tuple(held.shape), tuple(b[name].shape)

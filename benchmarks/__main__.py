@@ -1,0 +1,49 @@
+"""python -m benchmarks: every workload on 2 and 4 gloo ranks; `--device cuda` on one GPU with NCCL."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import Timings, slowest
+from benchmarks.merging import WORKLOADS, on_rank
+from distcache.testing import RankPool
+
+
+def run(name: str, world_size: int, rounds: int, device: str) -> list[Timings]:
+    with RankPool() as pool:
+        answers: Any = pool.run(world_size, on_rank, name, rounds, device, timeout_s=1800)
+    found = []
+    for title, times in zip(answers[0][0], slowest([times for _, times in answers]), strict=True):
+        found.append(Timings(title, times[1:], times[0]))
+    return found
+
+
+def show(name: str, world_size: int, timings: list[Timings]) -> None:
+    ours = next(t for t in timings if t.name == "distcache")
+    table = Table(title=f"{name}, {world_size} ranks", show_header=True)
+    for column in ("candidate", "median ms", "first ms", "ours ÷ it", "it ÷ ours"):
+        table.add_column(column, justify="left" if column == "candidate" else "right")
+    for t in timings:
+        table.add_row(t.name, f"{t.median:.1f}", f"{t.first:.1f}", f"{ours.median / t.median:.2f}",
+                      f"{t.median / ours.median:.2f}")  # fmt: skip
+    Console(width=110).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("workloads", nargs="*", help=f"of: {', '.join(WORKLOADS)}; all by default")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args = parser.parse_args()
+    for world_size in args.ranks if args.device == "cpu" else [1]:
+        for name in args.workloads or WORKLOADS:
+            show(name, world_size, run(name, world_size, args.rounds, args.device))
+
+
+if __name__ == "__main__":
+    main()

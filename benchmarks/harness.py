@@ -1,0 +1,88 @@
+"""Candidates that do the same work, in turn, on ranks: the slowest rank's time, the median over rounds."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Prepare = Callable[[], None]
+Run = Callable[[], Any]
+
+
+@dataclass
+class Candidate:
+    """One way to do a workload.
+
+    `prepare` is called before each timed `run` and isn't timed. `check` is given what `run` returned, once.
+    """
+
+    name: str
+    run: Run
+    prepare: Prepare = lambda: None
+    check: Callable[[Any], None] | None = None
+    rounds: int | None = None  # fewer for what takes seconds
+
+
+@dataclass
+class Timings:
+    """Milliseconds of one candidate by round, of the slowest rank; `error` where it could not be run."""
+
+    name: str
+    milliseconds: list[float] = field(default_factory=list)
+    first: float | None = None
+    error: str | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds)
+
+
+def time_on_rank(candidates: list[Candidate], rounds: int, device: torch.device) -> list[list[float]]:
+    """Milliseconds of this rank, by candidate and round; the first round of each is in front and warms up."""
+    found: list[list[float]] = [[] for _ in candidates]
+    for number in range(rounds + 1):
+        for candidate, times in zip(candidates, found, strict=True):
+            if number > (candidate.rounds or rounds):
+                continue
+            candidate.prepare()
+            gc.collect()
+            barrier(device)
+            start = time.perf_counter()
+            result = candidate.run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+            if number == 0 and candidate.check is not None:
+                try:
+                    candidate.check(result)
+                except AssertionError as error:
+                    raise AssertionError(f"{candidate.name} is wrong: {error}") from error
+            del result
+    return found
+
+
+def barrier(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def slowest(by_rank: list[list[list[float]]]) -> list[list[float]]:
+    """By candidate and round the slowest rank's time."""
+    return [[max(times) for times in zip(*ranks, strict=True)] for ranks in zip(*by_rank, strict=True)]
+
+
+def torchrun_environment(rank: int, world_size: int) -> None:
+    """What torchrun would have set: some peers look for it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
