@@ -1,5 +1,6 @@
 """Collect activations from models that run on many ranks, aggregate them, merge across the cluster once."""
 
+from distcache import plot
 from distcache.cache import ActivationCache
 from distcache.collect import collect
 from distcache.comm import init
@@ -62,6 +63,7 @@ __all__ = [
     "collect",
     "init",
     "load",
+    "plot",
     "record",
     "register_strategy",
 ]

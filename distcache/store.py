@@ -239,8 +239,8 @@ def save(
     """Write a cache to a new folder, whose parents are made where they're missing; see `load`.
 
     All is written beside the target, under a name that begins with a dot, synced to the disk, and published by
-    one rename: whatever goes wrong, the target is whole or isn't there. Memory: at most a copy of the largest
-    concatenation.
+    one rename: whatever goes wrong, the target is whole or isn't there. A process that is killed leaves a folder
+    `.{name}.….tmp`, to be removed by hand. Memory: at most a copy of the largest concatenation.
 
     Args:
         info: words for the manifest, such as the model's name.
@@ -495,7 +495,7 @@ def _text(strategy: Strategy, texts: dict[Strategy, StrategyText]) -> StrategyTe
     """A strategy's description, if it comes back from JSON as the same; ValueError if it doesn't."""
     if strategy not in texts:
         text = StrategyText(**describe(strategy))
-        again = _strategy(msgspec.json.decode(msgspec.json.encode(text), type=StrategyText), "itself")
+        again = _strategy(msgspec.json.decode(msgspec.json.encode(text), type=StrategyText), "the cache to save")
         if again != strategy:
             raise ValueError(f"cannot save {strategy}: from a manifest it would come back as {again}.")
         texts[strategy] = text
@@ -620,13 +620,18 @@ def _strategy(text: StrategyText, whose: str) -> Strategy:
     """The strategy of a description, its parameters checked against its annotations; `BadCache`."""
     try:
         strategy = described({"name": text.name, "parameters": text.parameters})
-        hints = typing.get_type_hints(type(strategy))
-        for field in dataclasses.fields(strategy):  # type: ignore[arg-type]
-            msgspec.convert(getattr(strategy, field.name), hints[field.name])
     except BadCache:
         raise
     except (ValueError, TypeError) as error:
-        raise BadCache(f"cannot use {text.name}({text.parameters}) of {whose}: {error}") from error
+        raise BadCache(f"cannot use the strategy {text.name} of {whose}: {error}") from error
+    for field in dataclasses.fields(strategy):  # type: ignore[arg-type]
+        value = getattr(strategy, field.name)
+        try:
+            msgspec.convert(value, typing.get_type_hints(type(strategy))[field.name])
+        except msgspec.ValidationError as error:
+            raise BadCache(f"cannot use {text.name}({field.name}={value!r}) of {whose}: {error}.") from error
+        except (NameError, TypeError):  # an annotation that can't be resolved or checked; the class's own affair
+            continue
     return strategy
 
 
@@ -640,15 +645,16 @@ class _Reader:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.manifest = manifest
         self.paths = [folder / file.name for file in manifest.files]
-        self.facts = [_identity(_regular(path)) for path in self.paths]
+        self.facts = []
         self.files = []
         self._tables: dict[int, Columns] = {}
+        self._strategies: dict[bytes, Strategy] = {}
         self._tried: set[int] = set()
         for path, file in zip(self.paths, manifest.files, strict=True):
-            if path.stat().st_size != file.nbytes:
-                raise BadCache(
-                    f"{path} is cut short or altered: expected {file.nbytes} bytes, got {path.stat().st_size}."
-                )
+            facts = _regular(path)
+            if facts.st_size != file.nbytes:
+                raise BadCache(f"{path} is cut short or altered: expected {file.nbytes} bytes, got {facts.st_size}.")
+            self.facts.append(_identity(facts))
             try:
                 self.files.append(safe_open(path, framework="pt", device="cpu"))
             except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
@@ -660,7 +666,7 @@ class _Reader:
 
     # -- checks that read headers alone
 
-    def _check_stored(self, stored: Stored, whose: str) -> Stored:
+    def _check_stored(self, stored: Stored, whose: str) -> None:
         if stored.file >= len(self.files) or stored.name not in self.names[stored.file]:
             raise BadCache(f"the data of {whose} is missing: no tensor {stored.name!r} in file {stored.file}.")
         found = self.files[stored.file].get_slice(stored.name)
@@ -669,7 +675,12 @@ class _Reader:
                 f"the data of {whose} is not what the manifest says: expected {stored.dtype} {list(stored.shape)} in "
                 f"{self.paths[stored.file].name}, got {found.get_dtype()} {found.get_shape()}."
             )
-        return stored
+
+    def _strategy(self, text: StrategyText, whose: str) -> Strategy:
+        name = msgspec.json.encode(text)
+        if name not in self._strategies:  # thousands of keys share few
+            self._strategies[name] = _strategy(text, whose)
+        return self._strategies[name]
 
     def _check_table(self, number: int, table: Table) -> None:
         whose = f"table {number}"
@@ -685,7 +696,7 @@ class _Reader:
 
     def _check_group(self, number: int, group: Group) -> tuple[Fieldwise, torch.dtype]:
         whose = f"group {number} of reductions"
-        strategy = _strategy(group.strategy, whose)
+        strategy = self._strategy(group.strategy, whose)
         if not isinstance(strategy, Fieldwise):
             raise BadCache(f"{whose} is of {strategy}, which has no state of fields.")
         for name, stored in group.fields.items():
@@ -715,7 +726,7 @@ class _Reader:
             if not fields or any(entry.row >= stored.shape[0] for stored in fields.values()):
                 raise BadCache(f"the state of {key!r} is missing: no row {entry.row} in group {entry.group}.")
             return lambda: self._reduced(entry)
-        strategy = None if entry.strategy is None else _strategy(entry.strategy, repr(key))
+        strategy = None if entry.strategy is None else self._strategy(entry.strategy, repr(key))
         if isinstance(entry, Concatenated):
             self._check_stored(entry.data, repr(key))
             self._check_table_of(entry.table, repr(key), entry.data.shape[:1])

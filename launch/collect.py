@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 import distcache as dc
 
@@ -30,13 +31,14 @@ def main() -> None:
         "--text", help="a file, a folder of .txt files, or a data set on the hub; Python's documentation"
     )
     parser.add_argument("--out", type=Path, default=Path("activations"), help="the folder to save to (%(default)s)")
-    parser.add_argument("--samples", type=int, default=96, help="texts to run (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=128, help="tokens of a text that are run (%(default)s)")
+    parser.add_argument("--samples", type=int, default=80, help="texts to run, at most (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="tokens of a text that are run (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="texts in a forward pass (%(default)s)")
     args = parser.parse_args()
     if args.out.exists():
         sys.exit(f"{args.out} is there already: remove it, or choose another folder with --out.")
 
+    disable_progress_bar()  # every rank would draw one
     started = time.monotonic()
     with dc.init() as job:
         name, model, tokenizer = load_model(args.model, job.device)
@@ -95,8 +97,9 @@ def load_texts(source: str | None) -> list[str]:
 
 def show(cache: dc.DistributedCache, model: str, data: list[list[int]]) -> None:
     """A small table: a line for each kind of key."""
-    table = Table("keys", "number", "shape", "strategy", "samples behind", "MB", title=f"{model}: {len(data)} texts, "
-                  f"{sum(map(len, data))} tokens")  # fmt: skip
+    columns = [Column("keys", no_wrap=True), "number", "shape", "strategy", "samples behind", "MB"]
+    title = f"{model}: {len(data)} texts, {sum(map(len, data))} tokens"
+    table = Table(*columns, title=title)
     kinds: dict[str, list[str]] = {}
     for key in cache:
         kinds.setdefault(re.sub(r"\d+", "*", key), []).append(key)

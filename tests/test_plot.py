@@ -125,7 +125,9 @@ def test_what_is_not_there_is_answered_with_what_is():
         plot.attention_head(cache, 0, 1, [])
 
 
-@pytest.mark.parametrize("value", [torch.ones(2, 3), torch.ones(2), torch.ones(0, 0), "words"], ids=repr)
+@pytest.mark.parametrize(
+    "value", [torch.ones(2, 3), torch.ones(2), torch.ones(0, 0), "words"], ids=["oblong", "flat", "empty", "words"]
+)
 def test_what_is_no_pattern_is_named(value):
     with pytest.raises(
         ValueError, match=r"'avg_attn_pattern_L0H0' is no attention pattern: expected a tensor \[S, S\]"
