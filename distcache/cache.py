@@ -392,11 +392,10 @@ class ActivationCache:
 
     def _rows(self, key: str) -> Rows | None:
         """The rows of a key, in the order in which they are read; None if it isn't made of rows."""
-        self._value(key)
-        entry = self._entries[key]
+        entry = self._resolved(key)
         if isinstance(entry, KeptEntry):
-            return entry.state if isinstance(entry.state, Rows) else None
-        if isinstance(entry, RawEntry) and entry.values[0].rows and isinstance(entry.values[0].data, Tensor):
+            return entry.state.together() if isinstance(entry.state, Rows) else None
+        if isinstance(entry, RawEntry) and entry.values[0].rows and isinstance(self._raw_value(key, entry), Tensor):
             return Rows([Piece(entry.values[0].data, entry.values[0].columns)])
         return None
 
@@ -421,7 +420,9 @@ class ActivationCache:
             else:
                 assert isinstance(entry, RawEntry)
                 tensors = leaves([value.data for value in entry.values])
-                strategy = self._join().strategy(key, entry.values[0])
+                strategy = self._join().chosen(key)
+                if not isinstance(entry.values[0].data, Weighted):
+                    strategy = strategy.resolve(entry.values[0])
                 dtype = codec.dtype_name(tensors[0].dtype) if tensors else type(entry.values[0].data).__name__
                 found[key] = Explained(repr(strategy), (), None, dtype, sum(t.nbytes for t in tensors))
         return found
@@ -627,14 +628,15 @@ class ActivationCache:
             raise
         if join.whole is not None:
             self._arena.fold_arena(join.whole)
-        coming = {*join.reduced, *join.new, *join.raw}
-        for key in order:
+        unknown = [key for key in order if key not in self._entries]
+        coming = {*join.reduced, *join.new, *join.raw} if unknown else ()
+        for key in unknown:
             if key in coming:
-                self._entries.setdefault(key, RawEntry([]))
+                self._entries[key] = REDUCED if key in self._arena else RawEntry([])
         for slab in join.slabs:
             self._arena.fold(slab.keys, slab.state)
-        for key in join.reduced:
-            self._entries[key] = REDUCED
+            for key in slab.keys:
+                self._entries[key] = REDUCED
         for entry, state in join.grown:
             entry.strategy.fold_(entry.state, state)
         for key, fresh in join.new.items():
@@ -737,7 +739,7 @@ def _value_to_plain(key: str, value: Value, tables: dict[int, tuple[int, Columns
     data, weight = value.data, value.weight
     weighted = isinstance(data, Weighted)
     if isinstance(data, Weighted):
-        data, weight = data.value, torch.as_tensor(data.weight, dtype=torch.float64)
+        data, weight = data.value, data.weight
     codec.check_plain(data, repr(key))
     return [data, value.rows, _table(value.columns, tables), weight, weighted]
 

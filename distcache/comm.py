@@ -132,6 +132,7 @@ class TorchStore(DecisionStore):
     def __init__(self, store: dist.Store, limit_s: float, prefix: str = "") -> None:
         self.prefix = prefix
         self._limit_s = limit_s
+        self._original = store  # the server may live in it
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], _Answer] | None] = queue.SimpleQueue()
         self._lost: str | None = None
         threading.Thread(target=_serve, args=(self._calls,), name="distcache-store", daemon=True).start()

@@ -25,9 +25,9 @@ from distcache.merge import (
     decision_key,
     describe_error,
     learn,
+    leave_attempt,
     merge,
     new_delta,
-    post_abort,
 )
 from distcache.strategies import Strategy
 
@@ -190,6 +190,9 @@ class DistributedCache(_Reading):
     def __len__(self) -> int:
         return len(self._held.facts.schemas)
 
+    def __str__(self) -> str:
+        return repr(self) if self._dst not in (None, self.rank) else super().__str__()
+
     # -- writing -----------------------------------------------------------------------------------------------
 
     def register_aggregation(self, key_pattern: str, strategy: Strategy | str | Callable[[list[Any]], Any]) -> None:
@@ -287,7 +290,7 @@ class DistributedCache(_Reading):
         try:
             yield
         except BaseException as error:
-            post_abort(self._comm, self._attempt, self.rank, describe_error(error))
+            leave_attempt(self._comm, self._attempt, self.rank, describe_error(error))
             self._attempt += 1
             raise
 

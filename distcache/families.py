@@ -88,8 +88,8 @@ LAYOUTS = (
         children=frozenset({"ln_1", "attn", "ln_2", "mlp"}),
         around={"{root}": frozenset({"wte", "wpe", "drop", "h", "ln_f"})},
         attention="{block}.attn",
-        # GPT-BigCode's c_attn isn't three equal parts, and it has no split_size.
-        head_counts=lambda a: (a.split_size // a.head_dim, a.split_size // a.head_dim),
+        # `nf` tells Conv1D from the Linear of GPT-BigCode, which isn't three equal parts.
+        head_counts=lambda a: (a.c_attn.nf // 3 // a.head_dim, a.c_attn.nf // 3 // a.head_dim),
         points={
             "embed": Point("{root}drop"),
             "resid_in": Point("{block}", "input"),
@@ -190,8 +190,8 @@ def find_family(model: nn.Module, modules: Mapping[str, nn.Module], site: str) -
     if found:
         where = ", ".join(f"{family.name} at {family.path('{block}', 0)!r}" for family in found)
         raise SiteError(
-            f"site {site!r}: {type(model).__name__} has several stacks of blocks ({where}): record the one you mean, as "
-            "in record(model.encoder, …), or name modules by their paths."
+            f"site {site!r}: {type(model).__name__} has several stacks of blocks ({where}): record the one you mean, "
+            "as in record(model.encoder, …), or name modules by their paths."
         )
     raise SiteError(
         f"site {site!r} is no module of {type(model).__name__}, whose structure is none of the families that named "

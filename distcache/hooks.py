@@ -10,6 +10,8 @@ Legend of names: b samples, s tokens, n rows, k keys of one slab (the heads of a
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from distcache.attention import AttentionCall, pattern, pattern_sum, tap_attention
-from distcache.cache import ActivationCache, Shown, Slab
-from distcache.errors import SiteError, TooLarge
+from distcache.cache import ActivationCache
+from distcache.entries import Shown, Slab, registered
+from distcache.errors import SchemaMismatch, SiteError, TooLarge
 from distcache.memory import available_bytes, human
-from distcache.segments import capacity
+from distcache.segments import capacity, fits
 from distcache.sites import AttentionTarget, Sites, Target, resolve_sites
 from distcache.strategies import Columns, Extend, Fieldwise, Strategy, Value
-from distcache.tokens import Batch, as_selector, open_batch
+from distcache.tokens import Batch, as_selector, bound_arguments, open_batch
 
 if TYPE_CHECKING:
     from distcache.distributed import DistributedCache
@@ -68,8 +71,8 @@ def record(
     Args:
         model: the module that is called. Its parts alone must not be: `SiteError`.
         sites: names of a known family, paths, `Site`s, or a dict of key template to one of these.
-        into: accumulate straight into this cache, by its strategies; for a `DistributedCache`, into its delta, in
-            deferred mode. The sites' own strategies win.
+        into: accumulate straight into this cache, by the strategies that it has when the block opens; for a
+            `DistributedCache`, into its delta, in deferred mode. The sites' own strategies win.
         mask: padding [B, S], non-zero for valid tokens; None: the model's own `attention_mask`, else all are valid.
         index: the samples' places in the data set, one entry per sample [B].
         columns: what to keep beside each row: tensors [B], or [B, S] per token.
@@ -77,7 +80,8 @@ def record(
     mask, index and columns belong to one forward pass: set those of a further one with `next`.
 
     Raises `SiteError` before the first pass for sites that can't be, in a pass for values and masks that don't fit, and
-    at a pass's end for a site that reported nothing; `TooLarge` before the pass whose accumulators wouldn't fit.
+    at a pass's end for a site that reported nothing; `TooLarge` before the pass whose accumulators wouldn't fit;
+    TypeError if `into` is no cache.
     """
     targets, attention = resolve_sites(model, sites)
     local = Recording()
@@ -109,7 +113,10 @@ class _Recorder:
             self.attention.setdefault(id(target.module), []).append(target)
         self.local = local
         self.into = into
+        if into is not None and not isinstance(into, ActivationCache) and not hasattr(into, "_need_deferred"):
+            raise TypeError(f"into is an ActivationCache or a DistributedCache, got {type(into).__name__}.")
         self.selectors = {id(target): as_selector(target.site.tokens, target.where) for target in targets}
+        self.strategies = {id(target): self._strategies(target) for target in targets}
         everything: list[Target | AttentionTarget] = [*targets, *attention]
         self.order = [key for target in everything for key in target.all_keys()]
         self.expected = [target for target in everything if not target.site.optional]
@@ -121,21 +128,24 @@ class _Recorder:
         self.mask: Tensor | None = None
         self.columns: Mapping[str, Tensor] = {}
         self.used = False  # whether a pass has used up index, mask and columns
-        sized = [t for t in attention if t.strategy is not None and t.strategy.size is not None]
-        self._check_room(sized, None)
-        self._sink()  # raises where `into` can't be written to
+        self.indexed: bool | None = None  # whether passes have come with an index
+        self._check_room(None)
 
     def expect(self, index: Iterable[int] | Tensor | None, mask: Tensor | None, columns: Mapping[str, Tensor]) -> None:
+        taken = sorted(columns.keys() & {"sample", "position"})
+        if taken:
+            raise SiteError(f"columns {taken} are every row's own already: give yours other names.")
         self.index = index if index is None or isinstance(index, (Tensor, int)) else list(index)
         self.mask, self.columns, self.used = mask, columns, False
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            if any(_is_compiled(module) for module in self.model.modules()):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            # Of the hooks on one module the pass must be opened first and closed last.
-            stack.callback(self.model.register_forward_pre_hook(self._open, prepend=True, with_kwargs=True).remove)
+            # Compiled graphs leave hooks out without a word. Always, and not only where a module looks compiled: a
+            # function around the model may be, or the model in the block. 5 µs; 0.8 s once, to import the compiler.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # Hooks of one module run in the order they came: a pass must be opened before and closed after its sites.
+            stack.callback(self.model.register_forward_pre_hook(self._open, with_kwargs=True).remove)
             for target in self.targets:
                 if target.io == "input":
                     handle = target.module.register_forward_pre_hook(self._before(target), with_kwargs=True)
@@ -159,55 +169,61 @@ class _Recorder:
                 "index, mask and columns given to record() belong to one forward pass, and this is a further one: call "
                 "rec.next(index=…) before it."
             )
+        if self.indexed not in (None, self.index is not None):
+            raise SiteError(
+                "passes of one record() all have an index or none has: give each its own, rec.next(index=…)."
+            )
         first = self._sink()._num_samples
         given = {"mask": self.mask, "index": self.index, "columns": self.columns, "first": first}
-        batch = open_batch(self.model, args, kwargs, **given)  # type: ignore[arg-type]
+        with torch.inference_mode(False):  # or columns could not be written to later
+            batch = open_batch(self.model, args, kwargs, **given)  # type: ignore[arg-type]
         if self.attention:
             if batch.num_tokens is None:
                 raise SiteError("attention sites need token ids [B, S] or embeddings [B, S, D] as the model's input.")
-            longest = max((stop - start for start, stop in batch.spans), default=0)
-            self._check_room([t for targets in self.attention.values() for t in targets], longest)
+            self._check_room(max((stop - start for start, stop in batch.spans), default=0))
         self.batch = batch
 
     def _before(self, target: Target) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._see(target, args or kwargs)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not _recomputing():
+                self._see(target, args or bound_arguments(module, args, kwargs))
 
         return hook
 
     def _after(self, target: Target) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._see(target, output)
+            if not _recomputing():
+                self._see(target, output)
 
         return hook
 
     def _see(self, target: Target, shown: Any) -> None:
-        if _recomputing():
-            return
         batch = self._current(target)
-        # Outside of inference mode, or what is accumulated could not be added to later.
-        with torch.inference_mode(False), torch.no_grad():
-            x = _first_tensor(shown, target.where).detach()
+        x = _first_tensor(shown, target.where).detach()
+        with _apart(x.device):
             if target.part is not None:
                 i, n = target.part
-                width = x.shape[-1] // n
-                x = x[..., i * width : (i + 1) * width]
+                x = x.unflatten(-1, (n, -1))[..., i, :]
             x_n, columns = self._rows(target, batch, x)
             if target.site.transform is not None:
-                num_rows = len(x_n)
-                x_n = target.site.transform(x_n, columns)
-                if not isinstance(x_n, Tensor) or x_n.dim() == 0 or len(x_n) != num_rows:
-                    got = tuple(x_n.shape) if isinstance(x_n, Tensor) else type(x_n).__name__
-                    raise SiteError(f"site {target.where}: transform must keep its {num_rows} rows, got {got}.")
+                x_n = _transformed(target, x_n, columns)
             if target.per_head:
+                if x_n.dim() < 2 or x_n.shape[-1] % len(target.keys):
+                    raise SiteError(
+                        f"site {target.where}: expected {len(target.keys)} heads side by side in the last dim, got "
+                        f"rows of {tuple(x_n.shape[1:])}."
+                    )
                 x_n = x_n.unflatten(-1, (len(target.keys), -1))
-            if not target.strategies:
-                kept = _own(x_n, x, target.site.dtype, target.site.device)
-                for k, key in enumerate(target.keys):
+            kept: Tensor | None = None
+            for suffix, strategy in self.strategies[id(target)].items():
+                keys = target.suffixed(suffix)
+                if isinstance(strategy, Fieldwise):
+                    self.slabs.append(_reduced(target, keys, strategy, Value(x_n, rows=True, columns=columns)))
+                    continue
+                kept = _own(x_n, x, target.site.dtype, target.site.device) if kept is None else kept
+                for k, key in enumerate(keys):
                     part = kept[:, k] if target.per_head else kept
-                    self.shown.append(Shown(key, Value(part, rows=True, columns=columns)))
-            for suffix, strategy in target.strategies.items():
-                self._reduce(target, target.suffixed(suffix), strategy, x_n, columns)
+                    self.shown.append(Shown(key, Value(part, rows=True, columns=columns), strategy))
 
     def _rows(self, target: Target, batch: Batch, x: Tensor) -> tuple[Tensor, Columns]:
         """The rows of a site's value that count, [n, …], and what is known of them."""
@@ -222,36 +238,23 @@ class _Recorder:
             f"[{batch.num_samples}, …], got {tuple(x.shape)}. Hook a module that keeps samples (and tokens) apart."
         )
 
-    def _reduce(self, target: Target, keys: tuple[str, ...], strategy: Strategy, x_n: Tensor, columns: Columns) -> None:
-        if isinstance(strategy, Fieldwise):
-            value = Value(x_n, rows=True, columns=columns)
-            result = strategy.result_dtype(x_n.dtype)
-            if target.per_head:
-                state = strategy.take_slab(value)
-            else:
-                state = {name: tensor.unsqueeze(0) for name, tensor in strategy.take(value).items()}
-            self.slabs.append(Slab(keys, strategy, state, result))
-            return
-        for k, key in enumerate(keys):
-            kept = _own(x_n[:, k] if target.per_head else x_n, None, target.site.dtype, target.site.device)
-            self.shown.append(Shown(key, Value(kept, rows=True, columns=columns), strategy))
-
     def _attend(self, call: AttentionCall) -> None:
         for target in self.attention[id(call.module)]:
             batch = self._current(target)
-            if target.strategy is None:
-                patterns = [pattern(call, batch.spans, b) for b in range(batch.num_samples)]
-                for k, key in enumerate(target.keys):
-                    one_each = [pattern_hll[k] for pattern_hll in patterns]
-                    self.shown.append(Shown(key, Value(one_each, columns=batch.per_sample), Extend()))
-                continue
-            lengths = torch.tensor([stop - start for start, stop in batch.spans])
-            size = int(lengths.max()) if len(lengths) else 0
-            total_hss = pattern_sum(call, batch.spans, size)
-            count_s1 = (lengths[:, None] > torch.arange(size)).sum(0)[:, None].to(total_hss.device)
-            state = {"total": total_hss, "count": count_s1.expand(len(target.keys), size, 1)}
-            result = target.strategy.result_dtype(call.query_bhqd.dtype)
-            self.slabs.append(Slab(target.keys, target.strategy, state, result))
+            with _apart(call.query_bhqd.device):
+                if target.strategy is None:
+                    patterns = [pattern(call, batch.spans, b) for b in range(batch.num_samples)]
+                    for k, key in enumerate(target.keys):
+                        one_each = [pattern_hll[k] for pattern_hll in patterns]
+                        self.shown.append(Shown(key, Value(one_each, columns=batch.per_sample), Extend()))
+                    continue
+                lengths = torch.tensor([stop - start for start, stop in batch.spans])
+                size = max(lengths.tolist(), default=0)
+                total_hss = pattern_sum(call, batch.spans, size)
+                count_s1 = (lengths[:, None] > torch.arange(size)).sum(0)[:, None].to(total_hss.device)
+                state = {"total": total_hss, "count": count_s1.expand(len(target.keys), size, 1)}
+                result = target.strategy.result_dtype(call.query_bhqd.dtype)
+                self.slabs.append(Slab(target.keys, target.strategy, state, result))
 
     def _current(self, target: Target | AttentionTarget) -> Batch:
         """The batch of the pass that a site reports in, noting that it has."""
@@ -276,14 +279,16 @@ class _Recorder:
         if silent:
             shown = ", ".join(silent[:6]) + (f" and {len(silent) - 6} more" if len(silent) > 6 else "")
             raise SiteError(
-                f"{len(silent)} of {len(self.expected)} sites reported nothing in this forward pass: {shown}. The model "
-                "didn't run these modules (or their attention isn't one that transformers' interface hands out); give "
+                f"{len(silent)} of {len(self.expected)} sites reported nothing in this forward pass: {shown}. "
+                "The model did not run these modules (or their attention isn't one that transformers hands out); give "
                 "Site(…, optional=True) to those that may be left out."
             )
         indexed = batch.samples if batch.indexed else None
-        raw = self.into is None
-        self._sink()._take_pass(self.slabs, self.shown, self.order, batch.num_samples, indexed, raw)
-        self.slabs, self.shown, self.used = [], [], True
+        with torch.inference_mode(False), torch.no_grad():
+            self._sink()._take_pass(
+                self.slabs, self.shown, self.order, batch.num_samples, indexed, raw=self.into is None
+            )
+        self.slabs, self.shown, self.used, self.indexed = [], [], True, batch.indexed
 
     def _sink(self) -> ActivationCache:
         if self.into is None:
@@ -292,30 +297,50 @@ class _Recorder:
             return self.into._receiving
         return self.into._need_deferred("record")
 
+    def _strategies(self, target: Target) -> Mapping[str, Strategy | None]:
+        """The site's own; where it leaves rows as they are to a cache that reduces them, that cache's, in the hook."""
+        site = target.site
+        if self.into is not None and site.reduce is None and site.dtype is None and site.device is None:
+            sink = self._sink()
+            chosen = [sink._state_strategy(key) or registered(sink._registry, key) for key in target.keys]
+            if (
+                isinstance(chosen[0], Fieldwise)
+                and chosen[0].dim in ("auto", 0)
+                and all(strategy == chosen[0] for strategy in chosen)
+            ):
+                return {"": chosen[0]}
+        return target.strategies
+
     # -- memory ------------------------------------------------------------------------------------------------
 
-    def _check_room(self, targets: Sequence[AttentionTarget], longest: int | None) -> None:
-        """`TooLarge` if the sums of patterns that these sites still have to make would not fit."""
-        held = self._sink()._arena if targets else None
-        need: dict[torch.device, int] = {}
+    def _check_room(self, longest: int | None) -> None:
+        """`TooLarge` if the sums of patterns that a pass of texts this long still has to make would not fit.
+
+        None: before any pass, when only the sums of a fixed size are known. `SiteError` for texts beyond that size.
+        """
+        held = self._sink()._arena
+        averaged = [
+            (target, target.strategy)
+            for target in itertools.chain.from_iterable(self.attention.values())
+            if target.strategy is not None and (longest is not None or target.strategy.size is not None)
+        ]
         size = longest or 0
-        for target in targets:
-            if target.strategy is None or held is None:
-                continue
-            fields = {"total": (size, size), "count": (size, 1)}
-            rooms = {name: capacity(target.strategy, name, shape) for name, shape in fields.items()}
-            there = held.capacities(target.keys[0]) if target.keys[0] in held else {"total": (0, 0), "count": (0, 1)}
-            itemsize = (target.strategy.accumulate or torch.float64).itemsize
-            grown = 0
-            if rooms["total"][0] > there["total"][0]:
-                grown = rooms["total"][0] * rooms["total"][1] * itemsize + rooms["count"][0] * 8
-            staged = size * size * 4  # a pass's sums in float32, until it returns
+        need: dict[torch.device, int] = {}
+        for target, strategy in averaged:
+            try:
+                total, count = capacity(strategy, "total", (size, size)), capacity(strategy, "count", (size, 1))
+            except SchemaMismatch as error:
+                raise SiteError(f"site {target.where}: {error} Cut the texts, or give a larger size.") from error
+            grown = math.prod(total) * (strategy.accumulate or torch.float64).itemsize + math.prod(count) * 8
+            if target.keys[0] in held and fits(total, held.capacities(target.keys[0])["total"]):
+                grown = 0
+            staged = size * size * 4  # the pass's own sums in float32, until it returns
             device = next((p.device for p in target.module.parameters()), torch.device("cpu"))
             need[device] = need.get(device, 0) + len(target.keys) * (grown + staged)
         for device, nbytes in need.items():
             free = available_bytes(device)
             if nbytes > free:
-                layers, heads = len(targets), len(targets[0].keys)
+                layers, heads = len(averaged), len(averaged[0][0].keys)
                 raise TooLarge(
                     f"averaged attention of {layers} layers × {heads} heads needs {human(nbytes)} more on {device}, "
                     f"{human(free)} are free. Take fewer layers (Site('avg_attn_pattern', layers=[…])), shorter texts, "
@@ -328,28 +353,64 @@ def _recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+@contextlib.contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Arithmetic of ours in the midst of a model's: what is made here can be written to later, no graph holds it, and
+    autocast doesn't round it.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def _first_tensor(shown: Any, where: str) -> Tensor:
-    """The first tensor of what a module was given or returned."""
-    if isinstance(shown, Tensor):
-        return shown
-    items: Iterable[Any] = ()
+    """The first tensor with dims of what a module was given or returned (a loss comes first, and has none)."""
+    items: Iterable[Any] = (shown,)
     if isinstance(shown, Mapping):
         items = shown.values()
     elif isinstance(shown, (tuple, list)):
         items = shown
     for item in items:
-        if isinstance(item, Tensor):
+        if isinstance(item, Tensor) and item.dim():
             return item
-    raise SiteError(f"site {where}: expected a tensor, or a tuple that begins with one, got {type(shown).__name__}.")
+    raise SiteError(
+        f"site {where}: expected a tensor with dims, or a tuple or dict of them, got {type(shown).__name__}."
+    )
 
 
-def _own(x_n: Tensor, shown: Tensor | None, dtype: torch.dtype | None, device: str | torch.device | None) -> Tensor:
+def _transformed(target: Target, x_n: Tensor, columns: Columns) -> Tensor:
+    """What the site's transform makes of its rows."""
+    assert target.site.transform is not None
+    num_rows, version = len(x_n), None if x_n.is_inference() else x_n._version
+    y_n = target.site.transform(x_n, columns)
+    if version is not None and x_n._version != version:
+        raise SiteError(
+            f"site {target.where}: transform wrote to its rows, which may be the model's own: make new ones."
+        )
+    if not isinstance(y_n, Tensor) or y_n.dim() == 0 or len(y_n) != num_rows:
+        got = tuple(y_n.shape) if isinstance(y_n, Tensor) else type(y_n).__name__
+        raise SiteError(f"site {target.where}: transform must keep its {num_rows} rows, got {got}.")
+    return y_n
+
+
+def _reduced(target: Target, keys: tuple[str, ...], strategy: Fieldwise, value: Value) -> Slab:
+    """The states of a site's rows, value.data [n, …] or, with heads, [n, K, …]."""
+    try:
+        if target.per_head:
+            state = strategy.take_slab(value)
+        else:
+            state = {name: tensor.unsqueeze(0) for name, tensor in strategy.take(value).items()}
+    except (TypeError, ValueError) as error:
+        raise SiteError(f"site {target.where}: {error}") from error
+    return Slab(keys, strategy, state, strategy.result_dtype(value.data.dtype))
+
+
+def _own(x_n: Tensor, shown: Tensor, dtype: torch.dtype | None, device: str | torch.device | None) -> Tensor:
     """A tensor that the model won't write to: converted, moved or copied, at most once."""
     kept = x_n.to(device=device or x_n.device, dtype=dtype or x_n.dtype)
-    if kept is x_n and (shown is None or kept.untyped_storage().data_ptr() == shown.untyped_storage().data_ptr()):
+    if kept.untyped_storage().data_ptr() == shown.untyped_storage().data_ptr():
         kept = kept.clone(memory_format=torch.contiguous_format)
     return kept

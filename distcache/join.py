@@ -47,10 +47,9 @@ class Join:
         self.new: dict[str, KeptEntry | RawEntry] = {}  # entries to put in place of what is there
         self.raw: dict[str, list[Value]] = {}  # values to keep as they are
 
-    def strategy(self, key: str, value: Value) -> Strategy:
-        """The strategy for raw values of a key of which this is the first."""
-        chosen = registered(self._registry, key) or registered(_BUILT_IN, key) or Default()
-        return chosen.resolve(value)
+    def chosen(self, key: str) -> Strategy:
+        """The strategy for raw values of a key, before the first of them is seen."""
+        return registered(self._registry, key) or registered(_BUILT_IN, key) or Default()
 
     def add_arena(self, other: Arena) -> None:
         """States of another cache: its segments as they are, where layouts agree."""
@@ -88,7 +87,7 @@ class Join:
         if strategy is None:
             strategy = self._state_strategy(key, held)
         if strategy is None:
-            strategy = self.strategy(key, held.values[0] if isinstance(held, RawEntry) else values[0])
+            strategy = self.chosen(key).resolve(held.values[0] if isinstance(held, RawEntry) else values[0])
         with _naming(key, strategy):
             if isinstance(strategy, Fieldwise):
                 self._add_own(key, strategy, held)

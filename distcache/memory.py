@@ -6,11 +6,19 @@ from pathlib import Path
 
 import torch
 
+_PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
+_UNKNOWN = 1 << 62
+# Per version of control groups: their folder, and its files of the limit, of the use, and of the part of the use that
+# the kernel gives back when it is needed.
+_VERSIONS = {
+    1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("", "memory.max", "memory.current", "inactive_file"),
+}
 
 
 def available_bytes(device: str | torch.device = "cpu") -> int:
-    """Bytes that can be taken on a device now: on a CPU the smaller of the machine's and the control group's.
+    """Bytes that can be taken on a device now: on a CPU the least of the machine's and the control groups'.
 
     Where the system doesn't tell, a number so large that nothing is refused.
     """
@@ -19,30 +27,47 @@ def available_bytes(device: str | torch.device = "cpu") -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
-        return 1 << 62
-    return min(_machine(), _control_group())
+        return _UNKNOWN
+    return min(_machine(), _control_groups())
 
 
 def _machine() -> int:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (_PROC / "meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 1 << 62
+    return _UNKNOWN
 
 
-def _control_group() -> int:
+def _control_groups() -> int:
+    """What the process's control group and those around it leave: a batch system's limit is seldom the innermost."""
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit == "max":
-            return 1 << 62
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        used = int((_CGROUP / "memory.current").read_text()) - int(stat.get("inactive_file", 0))  # files can go
-        return max(0, int(limit) - used)
+        lines = (_PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return _UNKNOWN
+    free = _UNKNOWN
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder, *files = _VERSIONS[1 if controllers else 2]
+        root = _CGROUP / folder
+        group = root / path.lstrip("/")  # in a container it may not be there, but the root is the container's own
+        for around in (group, *group.parents):
+            if around.is_relative_to(root):
+                free = min(free, _left(around, *files))
+    return free
+
+
+def _left(group: Path, limit: str, use: str, inactive: str) -> int:
+    try:
+        most = int((group / limit).read_text())  # "max" is no number
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, most - int((group / use).read_text()) + int(stat.get(inactive, 0)))
     except (OSError, ValueError):
-        return 1 << 62
+        return _UNKNOWN
 
 
 def human(nbytes: float) -> str:

@@ -108,7 +108,8 @@ class Party:
 def merge(party: Party) -> None:
     """Merge every rank's delta into new content: a collective. Raises the same kind of error on every survivor.
 
-    `PeerFailed`, `SchemaMismatch`, `DuplicateSamples`, `MergeAborted`, `TooLarge`: nothing has changed anywhere.
+    `SchemaMismatch`, `DuplicateSamples`: with the same text everywhere. `PeerFailed`, `MergeAborted`, `TooLarge`, or
+    what an aggregation raised here. After all of these nothing has changed anywhere.
     `MergeInDoubt`: the store was lost after this rank's yes; the next merge finds out what became of it.
     """
     comm, held = party.comm, party.held
@@ -142,11 +143,18 @@ def describe_error(error: BaseException) -> str:
 def as_error(decision: bytes, comm: Communicator, again: str = "merge") -> DistcacheError:
     """The exception that a decision to abort means for this rank. `again`: the call that can be repeated."""
     found = json.loads(decision)["abort"]
-    rank, message = found["rank"], found["message"].rstrip(".")
+    rank, message = found["rank"], found["message"]
+    if found["kind"] in _ALIKE:
+        return _ALIKE[found["kind"]](message)
+    message = message.rstrip(".")
     kept = f"Content and delta of this rank are as they were; once every rank is there, cache.{again}() tries again."
     if rank == comm.rank:
         return MergeAborted(f"given up by the cluster, because this rank {message}. {kept}")
     return PeerFailed(f"{comm.name(rank)} {message}. {kept}")
+
+
+# Ranks disagree: every rank raises this, with the same text, whichever finds it first.
+_ALIKE = {"SchemaMismatch": SchemaMismatch, "DuplicateSamples": DuplicateSamples}
 
 
 @contextmanager
@@ -168,11 +176,13 @@ def attempt(comm: Communicator, number: int, again: str = "merge") -> Iterator[N
         raise
     except CommFailed as error:
         raise as_error(_blame(comm, number, error), comm, again) from error
+    except (SchemaMismatch, DuplicateSamples) as error:
+        decision = leave_attempt(comm, number, comm.rank, str(error), type(error).__name__)
+        raise as_error(decision, comm, again) from error
     except BaseException as error:
-        decision = post_abort(comm, number, comm.rank, describe_error(error))
+        decision = leave_attempt(comm, number, comm.rank, describe_error(error))
         first = json.loads(decision).get("abort", {}).get("rank") == comm.rank
-        shared = isinstance(error, (SchemaMismatch, DuplicateSamples))  # every rank finds it by itself
-        if first or shared or not isinstance(error, DistcacheError):
+        if first or not isinstance(error, DistcacheError):
             raise
         raise as_error(decision, comm, again) from error
 
@@ -189,9 +199,20 @@ def moving(comm: Communicator) -> Iterator[None]:
         raise
 
 
-def post_abort(comm: Communicator, number: int, rank: int, message: str) -> bytes:
-    """End an attempt for everybody; the decision that stands. `rank`: whose fault it is."""
-    record = json.dumps({"abort": {"rank": rank, "message": message[:2000]}}, separators=(",", ":")).encode()
+def abort_record(rank: int, message: str, kind: str = "") -> bytes:
+    """`rank`: whose fault it is. `kind`: of the error, where every rank raises the same."""
+    abort = {"rank": rank, "message": message[:20_000], "kind": kind}
+    return json.dumps({"abort": abort}, separators=(",", ":")).encode()
+
+
+def end_attempt(comm: Communicator, number: int, rank: int, message: str) -> bytes:
+    """End an attempt for everybody; the decision that stands, which is another where one was made before."""
+    return comm.store.decide(decision_key(number), abort_record(rank, message))
+
+
+def leave_attempt(comm: Communicator, number: int, rank: int, message: str, kind: str = "") -> bytes:
+    """As `end_attempt`, for a rank that has not voted: what it says holds for itself, though the store be lost."""
+    record = abort_record(rank, message, kind)
     try:
         return comm.store.decide(decision_key(number), record)
     except StoreLost:
@@ -212,13 +233,13 @@ def _blame(comm: Communicator, number: int, error: CommFailed) -> bytes:
                 return decision
             silent_s, rank = max((heart.silent_s(rank), rank) for rank in peers)
             if silent_s > limit_s:
-                return post_abort(comm, number, rank, "was lost in the middle of the merge")
+                return end_attempt(comm, number, rank, "was lost in the middle of the merge")
             if time.monotonic() > deadline:
                 break
             time.sleep(heart.interval_s / 4)
     except StoreLost:
         pass
-    return post_abort(comm, number, comm.rank, f"lost touch with its peers in the middle of the merge ({error})")
+    return leave_attempt(comm, number, comm.rank, f"lost touch with its peers in the middle of the merge ({error})")
 
 
 # -- arrive ----------------------------------------------------------------------------------------------------
@@ -255,12 +276,12 @@ def arrive(comm: Communicator, number: int, wait_s: float, what: str) -> None:
             silent_s = heart.silent_s(rank)
             if silent_s > comm.timeout_s:
                 gone = "has left" if silent_s == float("inf") else f"was silent for {comm.timeout_s:g} s"
-                raise _Decided(post_abort(comm, number, rank, f"{gone} while others waited to {what}"))
+                raise _Decided(end_attempt(comm, number, rank, f"{gone} while others waited to {what}"))
             if silent_s > comm.timeout_s / 2 and rank not in named:
                 named.add(rank)
                 log.warning("rank %d waits for %s, silent for %.0f s", comm.rank, comm.name(rank), silent_s)
         if missing and now - started > wait_s:
-            raise _Decided(post_abort(comm, number, missing[0], f"is alive but did not come within {wait_s=:g}"))
+            raise _Decided(end_attempt(comm, number, missing[0], f"is alive but did not come within {wait_s=:g}"))
     check_decision(comm, number)
     if comm.rank == 0 and number > 0:
         # Everybody has come here, so nobody looks at the last attempt any more.
@@ -475,7 +496,7 @@ def decode_list(data: bytes) -> list[Value]:
 def move(party: Party, plan: MergePlan, offers: Sequence[Offer]) -> Merged:
     """Reduce scratch, send what is sent, and build the new content beside the old."""
     facts = _new_facts(party.held.facts, plan, offers)
-    strategies = _strategies(party.held, plan)
+    strategies = _strategies(party, plan)
     _check_memory(party, plan)
     scratch = _scratch(party.held.delta, plan, strategies)
     _reduce(party, plan, scratch)
@@ -500,8 +521,9 @@ def _new_facts(facts: Facts, plan: MergePlan, offers: Sequence[Offer]) -> Facts:
     return Facts(schemas, indexed, joined_ledger(facts.ledger, offers), digest, facts.epoch + 1)
 
 
-def _strategies(held: Held, plan: MergePlan) -> dict[str, Strategy]:
+def _strategies(party: Party, plan: MergePlan) -> dict[str, Strategy]:
     """A strategy object for every key; functions don't travel, so each rank must have them itself."""
+    held = party.held
     found: dict[str, Strategy] = {}
     by_facts: dict[str, Strategy] = {}
     for key, schema in plan.schemas.items():
@@ -515,7 +537,7 @@ def _strategies(held: Held, plan: MergePlan) -> dict[str, Strategy]:
         known = known or _registered(held.delta._registry, key)
         if not isinstance(known, Function) or strategy_facts(known) != schema.strategy:
             raise SchemaMismatch(
-                f"{key!r} merges by {description['parameters']['function']} on other ranks, this rank has "
+                f"{key!r} merges by {description['parameters']['function']}, but rank {party.comm.rank} has "
                 f"{known or 'no registration'} for it: call register_aggregation alike on every rank."
             )
         found[key] = known
@@ -751,7 +773,13 @@ def commit(comm: Communicator, number: int, held: Held, merged: Merged) -> None:
     with held_interrupts() as let_through:
         comm.store.set(f"voted/{comm.rank}", str(number).encode())
         try:
-            decision = vote(comm, number, let_through)
+            try:
+                decision = vote(comm, number, let_through)
+            except StoreLost:
+                raise
+            except BaseException as error:
+                decision = end_attempt(comm, number, comm.rank, describe_error(error))
+                interrupted = error
         except StoreLost as error:
             held.doubt = merged
             doubt = MergeInDoubt(
@@ -761,9 +789,6 @@ def commit(comm: Communicator, number: int, held: Held, merged: Merged) -> None:
             )
             doubt.merged = merged  # type: ignore[attr-defined]
             raise doubt from error
-        except BaseException as error:
-            decision = post_abort(comm, number, comm.rank, describe_error(error))
-            interrupted = error
         if decision == COMMIT:
             held.adopt(merged)
         if interrupted is not None:
@@ -797,11 +822,11 @@ def vote(comm: Communicator, number: int, let_through: Poll) -> bytes:
             votes, progress = seen, now
         for rank in peers:
             if heart.silent_s(rank) > comm.timeout_s:
-                return post_abort(comm, number, rank, f"was silent for {comm.timeout_s:g} s while others voted")
+                return end_attempt(comm, number, rank, f"was silent for {comm.timeout_s:g} s while others voted")
         if now - progress > comm.timeout_s:
             late = [rank for rank in peers if store.get(f"voted/{rank}") != str(number).encode()]
             blamed = (late or [comm.rank])[0]
-            return post_abort(comm, number, blamed, f"had not voted {comm.timeout_s:g} s after the last vote")
+            return end_attempt(comm, number, blamed, f"had not voted {comm.timeout_s:g} s after the last vote")
     # Whoever sees the last vote may decide: its rank may have died since.
     return store.decide(key, COMMIT)
 
@@ -820,7 +845,7 @@ def learn(comm: Communicator, number: int, rank: int) -> None:
     while (decision := comm.store.get(decision_key(number))) is None:
         time.sleep(heart.interval_s / 10)
         if heart.silent_s(rank) > comm.timeout_s:
-            decision = post_abort(comm, number, rank, f"was silent for {comm.timeout_s:g} s")
+            decision = end_attempt(comm, number, rank, f"was silent for {comm.timeout_s:g} s")
             break
     if decision != COMMIT:
         raise _Decided(decision)

@@ -464,7 +464,8 @@ class Arena:
 
 
 def _on(state: State, where: State) -> State:
-    return {name: tensor.to(where[name].device) for name, tensor in state.items()}
+    """A state where another is; detached, or adding it would make the chunk a part of its graph."""
+    return {name: tensor.detach().to(where[name].device) for name, tensor in state.items()}
 
 
 def fits(shape: Sequence[int], room: Sequence[int]) -> bool:

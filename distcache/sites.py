@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distcache.errors import SiteError
 from distcache.families import Family, bare_name, find_family, named_modules
-from distcache.strategies import AveragePattern, Columns, Strategy, as_strategy
+from distcache.strategies import AveragePattern, Columns, Fieldwise, Strategy, as_strategy, describe
 from distcache.tokens import Tokens, as_selector
 
 Reduce = Strategy | str | Callable[[list[Tensor]], Tensor]
@@ -36,7 +36,7 @@ class Site:
             (`{key}_{suffix}`; the suffix "" is the key itself); None leaves it to the cache.
         layers: only these; None for all.
         dtype, device: what rows that are kept are converted and moved to.
-        transform: `transform(x_n, columns)` on the selected rows [n, …]; keeps their number, and writes to none, because
+        transform: `transform(x_n, columns)` on the selected rows [n, …]; keeps their number and writes to none, because
             they may be the model's own.
         optional: whether the site may report nothing in a pass, as routed experts do.
         key: the key's name, with `{layer}` where the path has it (and `{head}` for heads), or `{path}` for the path.
@@ -71,7 +71,12 @@ class Site:
         if not by_suffix:
             raise SiteError(f"site {self.name_or_path!r}: reduce is an empty dict; give suffixes and strategies.")
         try:
-            return {suffix: as_strategy(strategy) for suffix, strategy in by_suffix.items()}
+            strategies = {suffix: as_strategy(strategy) for suffix, strategy in by_suffix.items()}
+            for strategy in strategies.values():
+                describe(strategy)  # raises for a class without a name, which no rank could tell another
+                if isinstance(strategy, Fieldwise) and strategy.dim not in ("auto", 0):
+                    raise ValueError(f"rows lie along dim 0, {strategy} would reduce another: leave out dim=.")
+            return dict(strategies)
         except (TypeError, ValueError) as error:
             raise SiteError(f"site {self.name_or_path!r}: {error}") from error
 
@@ -130,8 +135,8 @@ def resolve_sites(model: nn.Module, sites: Sites) -> tuple[list[Target], list[At
     ):
         # The encoder's mask fits what a decoder shows, by chance, where texts are as long.
         raise SiteError(
-            f"{type(model).__name__} has an encoder and a decoder, each with a mask of its own: record one of them, as in "
-            "record(model.get_encoder(), …), and call the whole model as before."
+            f"{type(model).__name__} has an encoder and a decoder, each with a mask of its own: record one of them, as "
+            "in record(model.get_encoder(), …), and call the whole model as before."
         )
     family: Family | None = None
     targets: list[Target] = []
@@ -190,14 +195,15 @@ def _attention_targets(modules: Mapping[str, nn.Module], family: Family, site: S
         raise SiteError(
             f"site {name!r} is of whole patterns: only reduce, layers, optional and key mean something to it."
         )
-    strategy: Strategy | None = None
+    strategy: AveragePattern | None = None
     if name == "avg_attn_pattern":
-        strategy = AveragePattern() if site.reduce is None else site.strategies().get("")
-        if not isinstance(strategy, AveragePattern):
+        given = AveragePattern() if site.reduce is None else site.strategies().get("")
+        if not isinstance(given, AveragePattern):
             raise SiteError(
                 f"site {name!r} brings its own state, the sum of patterns and the number of samples that have each "
                 "query: leave out reduce=, or give AveragePattern(size=…) to fix the extent."
             )
+        strategy = given
     elif site.reduce is not None:
         raise SiteError(f"site {name!r} keeps each sample's pattern: leave out reduce=, or take 'avg_attn_pattern'.")
     found = []

@@ -21,13 +21,19 @@ from distcache.strategies import Columns
 Tokens = Literal["all", "last", "mean"] | slice | Sequence[int] | int
 Selector = str | tuple[Any, ...]
 
+_VARIADIC = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
 
 def as_selector(tokens: Tokens, where: str) -> Selector:
     """A hashable form of `tokens`, by which sites that select alike share their work. `SiteError`."""
     if isinstance(tokens, str) and tokens in ("all", "last", "mean"):
         return tokens
     if isinstance(tokens, slice):
-        return ("slice", tokens.start, tokens.stop, tokens.step)
+        try:
+            tokens.indices(0)
+            return ("slice", tokens.start, tokens.stop, tokens.step)
+        except (TypeError, ValueError) as error:
+            raise SiteError(f"site {where!r}: tokens={tokens!r}: {error}.") from error
     numbers = (tokens,) if isinstance(tokens, int) else tokens
     is_list = isinstance(numbers, Sequence) and not isinstance(numbers, str) and len(numbers) > 0
     if is_list and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
@@ -38,30 +44,31 @@ def as_selector(tokens: Tokens, where: str) -> Selector:
 class Selection:
     """The rows that one selector takes from one batch, in (sample, token) order.
 
-    `columns`: what is known of each row. `at`: its sample and token, int64 [n] each. `whole`: every token is taken.
-    `means`: a row is the mean over a sample's valid tokens, and `at` names the samples that have any.
+    `columns`: what is known of each row. `at`: its sample and token, int64 [n] each. `whole`: no token is left out.
+    `means`: where a row is the mean over a sample's valid tokens, those, bool [B, S]; `at` names samples that have any.
     """
 
-    def __init__(self, batch: Batch, at: tuple[Tensor, Tensor], position: Tensor, whole: bool, means: bool) -> None:
+    def __init__(
+        self, batch: Batch, at: tuple[Tensor, Tensor], position: Tensor, whole: bool, means: Tensor | None = None
+    ) -> None:
         b, s = at
         beside = {
             name: column[b] if column.dim() == 1 else column[b, s]
             for name, column in batch.columns.items()
-            if column.dim() == 1 or not means
+            if column.dim() == 1 or means is None
         }
         self.columns = Columns({"sample": batch.samples[b], "position": position, **beside}, batch.indexed)
         self.at, self.whole, self.means = at, whole, means
-        self._valid_bs = batch.valid_bs
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def rows(self, x_bs: Tensor) -> Tensor:
         """The selected rows [n, …] of a tensor [B, S, …]; a view where they are all tokens as they lie."""
-        if self.means:
+        if self.means is not None:
             # Padding may hold NaN, so it is left out, not multiplied by 0. Sums are float32 at least, pairwise.
             dtype = torch.promote_types(x_bs.dtype, torch.float32)
-            if self._valid_bs is None:
+            if self.whole:
                 return x_bs.mean(1, dtype=dtype)
-            means = [x_bs[b][self._valid_bs[b].to(x_bs.device)].mean(0, dtype=dtype) for b in self.at[0].tolist()]
+            means = [x_bs[b][self.means[b].to(x_bs.device)].mean(0, dtype=dtype) for b in self.at[0].tolist()]
             return torch.stack(means) if means else x_bs.new_empty((0, *x_bs.shape[2:]), dtype=dtype)
         if self.whole:
             return x_bs.flatten(0, 1)
@@ -118,14 +125,14 @@ class Batch:
 
     def _select(self, selector: Selector) -> Selection:
         assert self.num_tokens is not None
-        valid = self.valid_bs
+        valid, whole = self.valid_bs, self.valid_bs is None
         if valid is None:
             valid = torch.ones(self.num_samples, self.num_tokens, dtype=torch.bool)
         length = valid.sum(1)
         position_bs = valid.cumsum(1) - 1  # counts valid tokens; of no meaning elsewhere
         if selector == "mean":
             b = length.nonzero()[:, 0]
-            return Selection(self, (b, b), torch.zeros_like(b), False, means=True)
+            return Selection(self, (b, b), torch.zeros_like(b), whole and self.num_tokens > 0, means=valid)
         chosen = valid
         if selector == "last":
             chosen = valid & (position_bs == (length - 1)[:, None])
@@ -138,8 +145,7 @@ class Batch:
                     wanted = [int(token) + n if int(token) < 0 else int(token) for token in selector]
                 chosen[b_] = valid[b_] & torch.isin(position_bs[b_], torch.tensor(list(wanted), dtype=torch.int64))
         b, s = chosen.nonzero(as_tuple=True)
-        whole = selector == "all" and self.valid_bs is None
-        return Selection(self, (b, s), position_bs[b, s], whole, means=False)
+        return Selection(self, (b, s), position_bs[b, s], whole and selector == "all")
 
 
 # -- what a forward pass was called with -----------------------------------------------------------------------
@@ -160,22 +166,14 @@ def open_batch(
     `mask`: padding [B, S], non-zero for valid tokens; None for the model's own `attention_mask`. `first`: the number of
     the first sample where there is no index.
     """
-    given = _bound(model, args, kwargs)
+    given = bound_arguments(model, args, kwargs)
+    if any(map(_holds_tokens, given.values())):
+        raise SiteError(
+            "recording during cached decoding (generate) is not supported: run forward passes over whole texts."
+        )
     num_samples, num_tokens = _sizes(given)
     mask = given.get("attention_mask") if mask is None else mask
-    valid = None
-    if isinstance(mask, Tensor):
-        if mask.dim() != 2:
-            raise SiteError(
-                f"expected a padding mask [B, S], got {tuple(mask.shape)}. Give the 2-D one: record(…, mask=mask_bs)."
-            )
-        if tuple(mask.shape) != (num_samples, num_tokens):
-            raise SiteError(
-                f"the mask {tuple(mask.shape)} doesn't fit the input's (samples, tokens) {(num_samples, num_tokens)}: "
-                "recording during cached decoding (generate) is not supported; run plain forward passes."
-            )
-        valid = mask.detach().cpu() != 0
-        valid = None if bool(valid.all()) else valid
+    valid = None if mask is None else _valid(mask, num_samples, num_tokens)
     if index is None:
         samples = torch.arange(first, first + num_samples)
     else:
@@ -184,27 +182,41 @@ def open_batch(
             raise SiteError(f"index has {len(samples)} entries for a batch of {num_samples} samples: one for each.")
     beside = {}
     for name, column in columns.items():
-        column = torch.as_tensor(column).detach().cpu()
-        if tuple(column.shape) not in ((num_samples,), (num_samples, num_tokens)):
+        try:
+            beside[name] = torch.as_tensor(column).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SiteError(f"column {name!r}: expected a tensor of numbers: {error}. Number words first.") from error
+        shape = tuple(beside[name].shape)
+        if shape not in ((num_samples,), (num_samples, num_tokens)):
+            per_token = "" if num_tokens is None else f", or per token, {(num_samples, num_tokens)}"
             raise SiteError(
-                f"column {name!r} has shape {tuple(column.shape)}: expected one entry per sample, ({num_samples},), or "
-                f"per token, {(num_samples, num_tokens)}."
+                f"column {name!r} has shape {shape}: expected one entry per sample, {(num_samples,)}{per_token}."
             )
-        beside[name] = column
     return Batch(num_samples, num_tokens, valid, samples, index is not None, beside)
 
 
-def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name, also those that were passed by position: hooks see no keywords of them."""
-    while True:  # wrappers take anything
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            break
+def _valid(mask: Any, num_samples: int, num_tokens: int | None) -> Tensor | None:
+    """Which tokens are valid, bool [B, S] on the CPU; None where all are. `SiteError` for what is no padding mask."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise SiteError(f"expected a padding mask [B, S], got {got}. Give the 2-D one: record(…, mask=mask_bs).")
+    if num_tokens is None:
+        raise SiteError(
+            f"a mask {tuple(mask.shape)} was given, but the model's input has no tokens that it could hide."
+        )
+    if tuple(mask.shape) != (num_samples, num_tokens):
+        raise SiteError(
+            f"the mask {tuple(mask.shape)} doesn't fit the input's (samples, tokens), {(num_samples, num_tokens)}: "
+            "every token of the batch needs an entry."
+        )
+    valid_bs = mask.detach().cpu() != 0
+    return None if bool(valid_bs.all()) else valid_bs
+
+
+def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, in the signature's order: hooks see no names of those passed by position."""
     try:
-        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
+        bound = _signature(module).bind_partial(*args, **kwargs)
     except (TypeError, ValueError):
         return {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
     found: dict[str, Any] = {}
@@ -217,6 +229,24 @@ def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         else:
             found[name] = value
     return found
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    """A module's own; of a wrapper that takes anything, such as DistributedDataParallel, that of what it wraps."""
+    signature = inspect.signature(module.forward)
+    inside = (getattr(module, name, None) for name in ("_orig_mod", "module"))
+    inner = next((found for found in inside if isinstance(found, nn.Module)), None)
+    takes_anything = all(parameter.kind in _VARIADIC for parameter in signature.parameters.values())
+    return signature if inner is None or not takes_anything else _signature(inner)
+
+
+def _holds_tokens(value: Any) -> bool:
+    """Whether an argument is a cache of transformers with tokens of earlier passes in it."""
+    length = getattr(value, "get_seq_length", None)
+    try:
+        return length is not None and int(length()) > 0
+    except ValueError:  # a first layer that keeps no tokens
+        return False
 
 
 def _sizes(given: Mapping[str, Any]) -> tuple[int, int | None]:

@@ -2,10 +2,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from distcache.testing import RankPool
 
 torch.set_num_threads(1)
+# No deadlines: a shared machine is slow now and then. The blob replays a failure that was random.
+settings.register_profile("distcache", deadline=None, print_blob=True)
+settings.load_profile("distcache")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distcache as dc
+import distcache.strategies
 from distcache.errors import SchemaMismatch
 from distcache.segments import Arena
 from distcache.strategies import (
@@ -84,7 +85,7 @@ def seeded(*shape, seed=0, dtype=torch.float32):
 def samples_for(name: str, num_samples: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int):
     """What samples a strategy is tried with: vectors, if it doesn't ask for something else."""
     if name == "average_pattern":
-        return list(seeded(num_samples, 3, 3, seed=seed, dtype=dtype).abs())
+        return list(seeded(num_samples, 3, 3, seed=seed, dtype=dtype))
     if name == "extend":
         return [[x] for x in seeded(num_samples, *shape, seed=seed, dtype=dtype)]
     return list(seeded(num_samples, *shape, seed=seed, dtype=dtype))
@@ -99,7 +100,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", sorted(registered_strategies()))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(**CASES)
 def test_every_registered_strategy_keeps_the_laws(name, num_samples, shape, dtype, seed):
     check_strategy_laws(registered_strategies()[name](), samples_for(name, num_samples, shape, dtype, seed))
@@ -184,9 +185,8 @@ class FoldsIntoWhatItWasGiven(_Planted):
 @dataclass(frozen=True)
 class FirstOfSlab(_Planted):
     def fold_(self, into, other):
-        into["total"][:1].add_(other["total"][:1])
-        into["total"][1:].add_(other["total"][-1:])
-        into["count"].add_(other["count"])
+        for name in into:  # in a slab, every key gets what the first one should
+            into[name].add_(other[name][:1] if into["total"].dim() > 1 else other[name])
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,8 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda cls: cls.__name__)
-def test_a_planted_mistake_breaks_its_law(planted):
+def test_a_planted_mistake_breaks_its_law(planted, monkeypatch):
+    monkeypatch.setitem(distcache.strategies._BY_NAME, "planted", planted)
     x = list(seeded(6, 3))
     with pytest.raises(AssertionError, match=f"breaks the law of {PLANTED[planted]}"):
         check_strategy_laws(planted(), x[:1] * 6 if planted is Forgets else x)
@@ -266,7 +267,10 @@ def test_a_mean_over_ranks_with_1_7_and_0_samples_is_that_of_all_8(dtype):
 def test_a_bf16_sum_over_many_samples_does_not_stick_at_256():
     ones = torch.ones(1000, 2, dtype=torch.bfloat16)
     assert merged(Sum(), ones, ones).tolist() == [2000, 2000]
-    assert ones.cumsum(0)[-1].tolist() != [1000, 1000]  # what plain bf16 says
+    total = torch.zeros((), dtype=torch.bfloat16)
+    for _ in range(1000):
+        total += 1
+    assert total == 256
 
 
 def fold_a_million(strategy: Mean) -> float:
@@ -387,7 +391,7 @@ def test_results_are_float32_unless_float64_went_in_or_was_asked_for():
 
 @pytest.mark.parametrize("strategy", [Sum(), Mean(), Moments(), Max(), Range()], ids=str)
 def test_what_is_no_real_number_is_refused(strategy):
-    with pytest.raises(TypeError, match="reduces real numbers, got torch.complex64"):
+    with pytest.raises(TypeError, match=r"reduces real numbers, got torch\.complex64"):
         strategy.take(Value(torch.ones(2, dtype=torch.complex64)))
     with pytest.raises(TypeError, match="which uint64 can exceed"):
         strategy.take(Value(torch.ones(2).to(torch.uint64)))
@@ -616,7 +620,7 @@ def test_a_name_is_given_once_and_to_a_dataclass_of_one_of_the_three_kinds():
         register_strategy("dict", dict)
     with pytest.raises(TypeError, match="must be a dataclass"):
         register_strategy("bare", type("Bare", (Listwise,), {}))
-    with pytest.raises(ValueError, match="MeanOfMeans has no name: call dc.register_strategy"):
+    with pytest.raises(ValueError, match=r"MeanOfMeans has no name: call dc\.register_strategy"):
         describe(MeanOfMeans())
 
 

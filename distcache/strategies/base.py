@@ -80,6 +80,9 @@ class Columns:
     by_name: Mapping[str, Tensor]
     indexed: bool = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Columns:
+        return self  # never written to, so it stays shared
+
     def __len__(self) -> int:
         return len(self.by_name["sample"])
 

@@ -81,6 +81,9 @@ class Function(Listwise):
     function: Callable[[list[Any]], Any]
     dim: int | Literal["auto"] = "auto"
 
+    def check(self, a: list[Value], b: list[Value], key: str = "value") -> None:
+        """Everything fits: what a function made belongs to no sample, and comes before values that do."""
+
     def finalize(self, state: list[Value]) -> Any:
         """The function's value of two or more; one value stays as it is, as where an empty cache takes over."""
         values = [value.data for value in in_sample_order(state)]

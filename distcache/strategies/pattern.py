@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distcache.strategies.base import SUM, Field, Fieldwise, State, Value
+from distcache.strategies.base import SUM, Field, Fieldwise, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,11 @@ class AveragePattern(Fieldwise):
 
     State: `total` [S, S], the sum of patterns aligned at position 0; `count` [S, 1], int64. Counting per pair
     instead would let an encoder's rows sum to 2. Both grow to the longest sequence, in steps of 128.
+
+    Args:
+        size: the room for S, fixed, so that its bytes are known before the first pass; longer sequences raise.
+            Results are as large as the longest sequence in any case.
+        accumulate: dtype of totals between batches, float64 unless said otherwise.
     """
 
     dim: int | Literal["auto"] = "auto"
@@ -36,11 +41,6 @@ class AveragePattern(Fieldwise):
         total = value_n.to(torch.promote_types(value_n.dtype, torch.float32)).sum(0)
         count = torch.full((total.shape[0], 1), len(value_n), dtype=torch.int64, device=total.device)
         return {"total": total.to(self.accumulate or torch.float64), "count": count}
-
-    def take(self, value: Value) -> State:
-        if isinstance(value.data, dict):  # sums that a tap has already made
-            return value.data
-        return Fieldwise.take(self, value)
 
     def accumulators(self, state: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
         # A tap brings float32 sums of one pass; they are added to float64.

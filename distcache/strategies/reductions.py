@@ -201,7 +201,7 @@ class Moments(_Reducing):
 def _mass(state: State) -> Tensor:
     """Σ w, or the count, as float64, so that it broadcasts to `total`."""
     mass = state.get("weight", state["count"]).double()
-    return mass.reshape(*mass.shape, *[1] * (state["total"].dim() - mass.dim()))
+    return mass.reshape((*mass.shape, *[1] * (state["total"].dim() - mass.dim())))
 
 
 def _mean(total: Tensor, mass: Tensor) -> Tensor:

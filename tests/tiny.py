@@ -1,0 +1,67 @@
+"""Models with random weights and texts of different lengths, small enough to be built in every test."""
+
+from __future__ import annotations
+
+import torch
+
+WIDTH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+WORDS = dict(vocab_size=64, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+CONFIGS = {
+    "llama": ("LlamaConfig", {**WIDTH, **WORDS, "num_key_value_heads": 2}),
+    "mistral": ("MistralConfig", {**WIDTH, **WORDS, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4}),
+    "qwen2": ("Qwen2Config", {**WIDTH, **WORDS, "num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", {**WIDTH, **WORDS, "num_key_value_heads": 2, "head_dim": 16}),
+    "gpt2": (
+        "GPT2Config",
+        dict(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+    ),
+    "bert": ("BertConfig", {**WIDTH, **WORDS}),
+    "roberta": ("RobertaConfig", {**WIDTH, **WORDS, "max_position_embeddings": 40}),
+}
+ENCODERS = ("bert", "roberta")
+
+
+def build(name: str, *, head: bool = True, dtype: torch.dtype = torch.float32, **options):
+    """A family's tiny model, in evaluation mode; `head`: with its language-model head."""
+    import transformers
+
+    config_class, given = CONFIGS[name]
+    config = getattr(transformers, config_class)(**{**given, **options})
+    auto = transformers.AutoModel
+    if head:
+        auto = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Wide enough that attention is far from uniform, where any mistake would look right.
+            parameter.normal_(0, 0.3, generator=generator)
+    return model.to(dtype)
+
+
+def texts(lengths=(6, 3, 1, 5)) -> list[torch.Tensor]:
+    """Token ids of random texts of these lengths."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 64, (length,), generator=generator) for length in lengths]
+
+
+def padded(texts, side: str = "right") -> dict[str, torch.Tensor]:
+    """A batch of texts, padded on one side; positions count from a text's first token."""
+    size = max(map(len, texts))
+    ids, mask = (torch.zeros(len(texts), size, dtype=torch.long) for _ in range(2))
+    for b, text in enumerate(texts):
+        at = slice(0, len(text)) if side == "right" else slice(size - len(text), size)
+        ids[b, at], mask[b, at] = text, 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def num_hooks(model: torch.nn.Module) -> int:
+    """How many hooks a model and its parts have, in every dict that torch keeps of them."""
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    )
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
