@@ -196,9 +196,7 @@ def _peers_reduce(values: dict[str, Tensor], dtype: torch.dtype, check: Any) -> 
         metric.update()
 
     yield Candidate("torchmetrics", lambda: metric.compute(), lambda: fresh(Means), check, rounds=2)
-    yield Candidate(
-        "torcheval", lambda: sync_and_compute(metric), lambda: fresh(TorchevalMeans), check, rounds=2
-    )
+    yield Candidate("torcheval", lambda: sync_and_compute(metric), lambda: fresh(TorchevalMeans), check, rounds=2)
 
     from accelerate import PartialState
     from accelerate.utils import reduce
