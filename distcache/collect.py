@@ -82,18 +82,22 @@ def collect(
     collate, forward = collate or pad_and_stack, forward or run_batch
     cache = DistributedCache() if cache is None else cache
     starts = range(cache.rank * batch_size, len(data), cache.world_size * batch_size)
-    with counting(cache, len(data), progress) as done, cache.deferred_mode():
-        with record(model, sites, into=cache) as rec, torch.no_grad():
-            for start in starts:
-                index = range(start, min(start + batch_size, len(data)))
-                samples = [data[i] for i in index]
-                beside = {name: _column(name, [sample[name] for sample in samples]) for name in columns}
-                if columns:
-                    samples = [{k: v for k, v in sample.items() if k not in columns} for sample in samples]
-                rec.next(index=index, **beside)
-                forward(model, collate(samples))
-                done(len(index))
-            done(0)
+    with (
+        counting(cache, len(data), progress) as done,
+        cache.deferred_mode(),
+        record(model, sites, into=cache) as rec,
+        torch.no_grad(),
+    ):
+        for start in starts:
+            index = range(start, min(start + batch_size, len(data)))
+            samples = [data[i] for i in index]
+            beside = {name: _column(name, [sample[name] for sample in samples]) for name in columns}
+            if columns:
+                samples = [{k: v for k, v in sample.items() if k not in columns} for sample in samples]
+            rec.next(index=index, **beside)
+            forward(model, collate(samples))
+            done(len(index))
+        done(0)
     return cache
 
 

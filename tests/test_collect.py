@@ -22,6 +22,7 @@ from distcache.collect import pad_and_stack, share
 transformers = pytest.importorskip("transformers")
 
 NUM_SAMPLES = 11
+NUMBERED = TensorDataset(torch.arange(NUM_SAMPLES) * 10)
 TEXTS = [
     torch.randint(3, 64, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     for length in (9, 4, 12, 1, 7, 7, 3, 12, 5, 2, 10)
@@ -141,13 +142,13 @@ def deal(loader, world_size):
 @pytest.mark.parametrize(
     "loader",
     [
-        DataLoader(TensorDataset(torch.arange(NUM_SAMPLES) * 10), batch_size=3),
-        DataLoader(TensorDataset(torch.arange(NUM_SAMPLES) * 10), batch_size=3, shuffle=True),
-        DataLoader(TensorDataset(torch.arange(NUM_SAMPLES) * 10), batch_sampler=[[5, 1, 0], [2, 3], [4, 6, 7, 8, 9, 10]]),
+        DataLoader(NUMBERED, batch_size=3),
+        DataLoader(NUMBERED, batch_size=3, shuffle=True),
+        DataLoader(NUMBERED, batch_sampler=[[5, 1, 0], [2, 3], [4, 6, 7, 8, 9, 10]]),
         list((torch.arange(NUM_SAMPLES) * 10).split(4)),
     ],
     ids=["in order", "shuffled", "own batches", "a list of batches"],
-)  # fmt: skip
+)
 def test_every_sample_is_dealt_once_with_its_number(loader, world_size):
     assert deal(loader, world_size) == {i: 10 * i for i in range(NUM_SAMPLES)}
 
