@@ -25,6 +25,7 @@ from torch.utils.data import (
 from distcache.comm import StoreLost
 from distcache.distributed import DistributedCache
 from distcache.hooks import record
+from distcache.schema import digest_of
 from distcache.sites import Sites
 
 log = logging.getLogger("distcache")
@@ -159,8 +160,9 @@ def _column(name: str, values: list[Any]) -> Tensor:
 # -- dealing ---------------------------------------------------------------------------------------------------
 
 
-def share(loader: Any, rank: int, world_size: int) -> Iterator[tuple[Tensor, Any]]:
-    """(index, batch) of every batch that falls to a rank: batch i to rank i mod world size. Not a collective.
+def share(loader: Any, rank: int, world_size: int) -> tuple[int, Iterator[tuple[Tensor, Any]]]:
+    """A digest of a loader's order, and (index, batch) of every batch that falls to a rank: batch i to rank i mod world
+    size. Not a collective.
 
     `loader`: a DataLoader over a data set with a length, of which only this rank's samples are read; or anything sized
     that gives batches, which is read whole. `index`: int64 [B], the samples' numbers. A DataLoader that shuffles is
@@ -172,10 +174,10 @@ def share(loader: Any, rank: int, world_size: int) -> Iterator[tuple[Tensor, Any
         return _share_loader(loader, rank, world_size)
     if not isinstance(loader, Sized):
         raise TypeError(f"share expects a DataLoader or a sized iterable of batches, got {type(loader).__name__}.")
-    return _share_batches(loader, rank, world_size)
+    return digest_of(len(loader)), _share_batches(loader, rank, world_size)
 
 
-def _share_loader(loader: DataLoader[Any], rank: int, world_size: int) -> Iterator[tuple[Tensor, Any]]:
+def _share_loader(loader: DataLoader[Any], rank: int, world_size: int) -> tuple[int, Iterator[tuple[Tensor, Any]]]:
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         raise TypeError(
             "share needs a DataLoader that makes batches of numbered samples: a map-style data set and a batch_size."
@@ -189,7 +191,8 @@ def _share_loader(loader: DataLoader[Any], rank: int, world_size: int) -> Iterat
     batches: Any = loader.batch_sampler
     if isinstance(sampler, RandomSampler):
         batches = BatchSampler(SequentialSampler(loader.dataset), loader.batch_size or 1, loader.drop_last)  # type: ignore
-    own = list(batches)[rank::world_size]
+    everything = [list(batch) for batch in batches]
+    own = everything[rank::world_size]
     part = DataLoader(
         loader.dataset,
         batch_sampler=own,
@@ -201,7 +204,8 @@ def _share_loader(loader: DataLoader[Any], rank: int, world_size: int) -> Iterat
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
     )
-    return ((torch.tensor(index, dtype=torch.int64), batch) for index, batch in zip(own, part, strict=True))
+    indices = (torch.tensor(index, dtype=torch.int64) for index in own)
+    return digest_of(everything), zip(indices, part, strict=True)
 
 
 def _share_batches(batches: Any, rank: int, world_size: int) -> Iterator[tuple[Tensor, Any]]:

@@ -29,6 +29,7 @@ from distcache.merge import (
     merge,
     new_delta,
 )
+from distcache.schema import DIGEST_MODULUS
 from distcache.strategies import Strategy
 
 _READ_ONLY = (
@@ -151,6 +152,7 @@ class DistributedCache(_Reading):
         self._held = Held(content, Facts(), new_delta(content))
         self._attempt = 0
         self._deferred = False
+        self._dealt = 0  # a digest of the orders that `share` has dealt since the last merge
 
     @property
     def rank(self) -> int:
@@ -212,8 +214,9 @@ class DistributedCache(_Reading):
 
         `index`: one entry per sample, its place in the data set; concatenations come out in that order. Keys are
         a union: every rank brings its own, or an empty cache. TypeError for anything but an ActivationCache,
-        `SchemaMismatch` for what can't join this rank's delta or the content: nothing of it is folded then.
-        `PeerFailed` if another rank has given up this block or merge.
+        `SchemaMismatch` for what can't join this rank's delta or the content, `PeerFailed` in deferred mode if another
+        rank has given up the block: nothing of `local` is folded then. Outside, it stays in the delta where the merge
+        fails.
         """
         if self._deferred:
             self._check_peers()
@@ -291,7 +294,7 @@ class DistributedCache(_Reading):
             yield
         except BaseException as error:
             leave_attempt(self._comm, self._attempt, self.rank, describe_error(error))
-            self._attempt += 1
+            self._attempt, self._dealt = self._attempt + 1, 0
             raise
 
     def _check_peers(self) -> None:
@@ -324,10 +327,11 @@ class DistributedCache(_Reading):
         self._merge()
 
     def _merge(self) -> None:
+        limits = (self._dst, self._wait_s, self._bucket_bytes)
         try:
-            merge(Party(self._comm, self._attempt, self._held, self._dst, self._wait_s, self._bucket_bytes))
+            merge(Party(self._comm, self._attempt, self._held, *limits, self._dealt))
         finally:
-            self._attempt += 1
+            self._attempt, self._dealt = self._attempt + 1, 0
 
     def rejoin(self, group: ProcessGroup | None = None) -> None:
         """Take content and delta to a new group, as after a rank was lost: a collective over the new group.
@@ -391,10 +395,15 @@ class DistributedCache(_Reading):
             self._attempt += 1
 
     def share(self, loader: Any) -> Iterator[tuple[Tensor, Any]]:
-        """This rank's (index, batch) of a loader, without padding or duplicates: see `distcache.collect.share`."""
+        """This rank's (index, batch) of a loader, without padding or duplicates: see `distcache.collect.share`.
+
+        Not a collective, but every rank must call it with the same loader: the next merge finds out if it didn't.
+        """
         from distcache.collect import share  # above this module in the import order, so only when asked
 
-        return share(loader, self.rank, self.world_size)
+        order, batches = share(loader, self.rank, self.world_size)
+        self._dealt = (self._dealt + order) % DIGEST_MODULUS
+        return batches
 
     def close(self) -> None:
         """Leave the group; peers that still wait for this rank are told. Not a collective; content can be read on."""

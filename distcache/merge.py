@@ -7,6 +7,7 @@ rank can fail in any way, and content and delta are what they were.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -33,7 +34,7 @@ from distcache.errors import (
 from distcache.ledger import Ledger
 from distcache.memory import available_bytes, human
 from distcache.plan import Block, MergePlan, Offer, Payload, Table, buckets, make_plan, needed_bytes
-from distcache.schema import DIGEST_MODULUS, KeySchema, strategy_facts, union
+from distcache.schema import DIGEST_MODULUS, KeySchema, digest_of, strategy_facts, union
 from distcache.segments import Arena
 from distcache.strategies import Columns, Fieldwise, Function, Piece, Rows, State, Strategy, Value, described
 
@@ -50,6 +51,7 @@ class Facts:
     schemas: dict[str, KeySchema] = field(default_factory=dict)
     indexed: dict[str, bool] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
+    num_samples: int = 0  # those without an index
     digest: int = 0
     epoch: int = 0  # merges that were committed
 
@@ -99,6 +101,7 @@ class Party:
     dst: int | None
     wait_s: float
     bucket_bytes: int
+    dealt: int
 
     @property
     def holds_content(self) -> bool:
@@ -116,9 +119,9 @@ def merge(party: Party) -> None:
     with attempt(comm, party.number):
         arrive(comm, party.number, party.wait_s, "merge")
         with moving(comm):
-            plan, offers = agree(party)
+            plan, offers, records = agree(party)
             log.debug("rank %d: %s", comm.rank, plan.explain())
-            merged = move(party, plan, offers)
+            merged = move(party, plan, offers, records)
             commit(comm, party.number, held, merged)
 
 
@@ -318,35 +321,46 @@ def poll_decision(comm: Communicator) -> Poll:
 
 
 class Record(NamedTuple):
-    """What every rank tells of itself first: a row of int64."""
+    """What every rank tells of itself first: a row of int64, 64 bytes."""
 
-    version: int
+    settings_digest: int
     content_digest: int  # of the delta: which keys, with which strategies, shapes and dtypes
     layout_digest: int
     facts_digest: int  # of the content
     epoch: int  # twice the merges that were committed, plus 1 where this rank is in doubt about one more
     blob_nbytes: int
+    num_samples: int  # of the delta, those without an index
+    dealt: int  # a digest of the orders in which loaders were dealt
+
+
+class Settings(NamedTuple):
+    """What ranks must have been set up with alike: a row of int64."""
+
+    version: int  # of what ranks exchange
     dst: int  # -1: all ranks hold the content
     bucket_bytes: int
 
 
-def agree(party: Party) -> tuple[MergePlan, list[Offer]]:
+def agree(party: Party) -> tuple[MergePlan, list[Offer], list[Record]]:
     """Find out what everybody has: one small record a rank, and more only where records say that it's needed."""
     comm, held, delta = party.comm, party.held, party.held.delta
     poll = poll_decision(comm)
     offer = make_offer(delta)
     blob = codec.encode(offer.to_plain()) if offer != Offer() else b""
+    settings = Settings(VERSION, -1 if party.dst is None else party.dst, party.bucket_bytes)
     mine = Record(
-        VERSION,
+        digest_of(*settings),
         delta._content_digest,
         delta._arena.layout_digest,
         held.facts.digest,
         2 * held.facts.epoch + (held.doubt is not None),
         len(blob),
-        -1 if party.dst is None else party.dst,
-        party.bucket_bytes,
+        delta._num_samples,
+        party.dealt,
     )
     records = [Record(*row) for row in comm.gather(mine, poll)]
+    if len({record.settings_digest for record in records}) > 1:
+        check_settings([Settings(*row) for row in comm.gather(settings, poll)])
     if not check_records(records):
         _settle(party, records)
         return agree(party)
@@ -359,7 +373,18 @@ def agree(party: Party) -> tuple[MergePlan, list[Offer]]:
     if not agreed(records):
         holds, offers = _exchange_schemas(party, schemas, offers)
     ordered = union([schemas] if holds is None else holds, held.facts.schemas)
-    return make_plan(ordered, holds, offers, held.facts.indexed), offers
+    return make_plan(ordered, holds, offers, held.facts.indexed), offers, records
+
+
+def check_settings(settings: Sequence[Settings]) -> None:
+    """`SchemaMismatch` where ranks were set up differently. Pure: alike on every rank."""
+    for name in Settings._fields:
+        found = [getattr(theirs, name) for theirs in settings]
+        if len(set(found)) > 1:
+            raise SchemaMismatch(
+                f"ranks differ in {name}, by rank: {found}. They must run one version of distcache and make their "
+                "caches with the same arguments."
+            )
 
 
 def check_records(records: Sequence[Record]) -> bool:
@@ -367,19 +392,17 @@ def check_records(records: Sequence[Record]) -> bool:
 
     `SchemaMismatch` where they differ in what can't be settled. Pure: alike on every rank.
     """
-    for name in ("version", "dst", "bucket_bytes"):
-        found = [getattr(record, name) for record in records]
-        if len(set(found)) > 1:
-            raise SchemaMismatch(
-                f"ranks differ in {name}, by rank: {found}. They must run one version of distcache and make their "
-                "caches with the same arguments."
-            )
     epochs = [record.epoch // 2 for record in records]
     behind = [record for record in records if record.epoch // 2 < max(epochs)]
     if any(record.epoch != 2 * max(epochs) - 1 for record in behind):
         raise SchemaMismatch(
             f"ranks differ in the number of merges that they have committed, by rank: {epochs}. Caches that merge are "
             "made at the same time and take part in the same merges."
+        )
+    if len({record.dealt for record in records}) > 1:
+        raise SchemaMismatch(
+            "cache.share() was given loaders of another order or length on other ranks, so that samples were dealt "
+            "twice or never. Give every rank the same loader; a sampler of your own must give one order everywhere."
         )
     if not behind and len({record.facts_digest for record in records}) > 1:
         raise SchemaMismatch(
@@ -493,9 +516,10 @@ def decode_list(data: bytes) -> list[Value]:
 # -- move ------------------------------------------------------------------------------------------------------
 
 
-def move(party: Party, plan: MergePlan, offers: Sequence[Offer]) -> Merged:
+def move(party: Party, plan: MergePlan, offers: Sequence[Offer], records: Sequence[Record]) -> Merged:
     """Reduce scratch, send what is sent, and build the new content beside the old."""
-    facts = _new_facts(party.held.facts, plan, offers)
+    first = _first_numbers(party.held.facts, records)
+    facts = _new_facts(party.held.facts, plan, offers, first[-1])
     strategies = _strategies(party, plan)
     _check_memory(party, plan)
     scratch = _scratch(party.held.delta, plan, strategies)
@@ -504,21 +528,27 @@ def move(party: Party, plan: MergePlan, offers: Sequence[Offer]) -> Merged:
     content = ActivationCache()
     content._registry = party.held.content._registry
     content._ledger = facts.ledger
+    content._num_samples = facts.num_samples
     if party.holds_content:
-        _build(content, party.held.content, scratch, plan, strategies, _unpack(plan, buffers))
+        _build(content, party.held.content, scratch, plan, strategies, _unpack(plan, buffers, first))
         for notes in (party.held.content._notes, *(offer.notes for offer in offers)):
             for key, note in notes.items():
                 content._notes.setdefault(key, note)
     return Merged(content, facts)
 
 
-def _new_facts(facts: Facts, plan: MergePlan, offers: Sequence[Offer]) -> Facts:
+def _first_numbers(facts: Facts, records: Sequence[Record]) -> list[int]:
+    """By rank, the number of its first sample without an index: the content's come first; at the end the total."""
+    return list(itertools.accumulate((record.num_samples for record in records), initial=facts.num_samples))
+
+
+def _new_facts(facts: Facts, plan: MergePlan, offers: Sequence[Offer], num_samples: int) -> Facts:
     indexed = dict(facts.indexed)
     for offer in offers:
         indexed.update(offer.indexed())
     schemas = {**facts.schemas, **plan.schemas}
     digest = sum(schema.digest for schema in schemas.values()) % DIGEST_MODULUS
-    return Facts(schemas, indexed, joined_ledger(facts.ledger, offers), digest, facts.epoch + 1)
+    return Facts(schemas, indexed, joined_ledger(facts.ledger, offers), num_samples, digest, facts.epoch + 1)
 
 
 def _strategies(party: Party, plan: MergePlan) -> dict[str, Strategy]:
@@ -691,7 +721,8 @@ class _Arrived:
     states: dict[str, State] = field(default_factory=dict)
 
 
-def _unpack(plan: MergePlan, buffers: Sequence[Tensor]) -> _Arrived:
+def _unpack(plan: MergePlan, buffers: Sequence[Tensor], first: Sequence[int]) -> _Arrived:
+    """`first`: by rank, the number of its first sample without an index."""
     placed = [
         (payload.rank, block, _tensor(buffer, block))
         for payload, buffer in zip(plan.payloads, buffers, strict=True)
@@ -701,7 +732,12 @@ def _unpack(plan: MergePlan, buffers: Sequence[Tensor]) -> _Arrived:
     for rank, block, tensor in placed:
         if block.kind == "column":
             by_name.setdefault((rank, block.table), {})[block.name] = tensor
-    columns = {(rank, n): Columns(known, plan.tables[rank][n].indexed) for (rank, n), known in by_name.items()}
+    columns = {}
+    for (rank, n), known in by_name.items():
+        indexed = plan.tables[rank][n].indexed
+        if not indexed and first[rank]:
+            known["sample"] = known["sample"] + first[rank]
+        columns[rank, n] = Columns(known, indexed)
     arrived = _Arrived()
     for rank, block, tensor in placed:
         if block.kind == "rows":

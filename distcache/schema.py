@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -119,6 +120,11 @@ def strategy_words(facts: str) -> str:
     return f"{description['name']}({', '.join(shown)})"
 
 
+def natural_order(key: str) -> list[str | int]:
+    """A sort key that counts numbers as numbers: `resid_out_2` before `resid_out_10`."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", key))]
+
+
 def union(schemas_by_rank: Sequence[Mapping[str, KeySchema]], content: Mapping[str, KeySchema]) -> dict[str, KeySchema]:
     """Every key that any rank holds, in key order; keys that only some ranks have are legal.
 
@@ -147,4 +153,4 @@ def union(schemas_by_rank: Sequence[Mapping[str, KeySchema]], content: Mapping[s
             f"  {shown}{more}\nGive every rank the same register_aggregation calls and values of one shape, dtype "
             "and device type; nothing has moved and every delta is as it was."
         )
-    return {key: merged[key] for key in sorted(merged)}
+    return {key: merged[key] for key in sorted(merged, key=natural_order)}

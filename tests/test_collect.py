@@ -131,7 +131,7 @@ def deal(loader, world_size):
     """index -> sample, of all ranks together; fails where a sample is dealt twice."""
     dealt = {}
     for rank in range(world_size):
-        for index, batch in share(loader, rank, world_size):
+        for index, batch in share(loader, rank, world_size)[1]:
             for i, sample in zip(index.tolist(), batch[0] if isinstance(batch, list) else batch, strict=True):
                 assert i not in dealt
                 dealt[i] = sample.item()
@@ -161,7 +161,7 @@ def test_a_rank_reads_its_own_samples_only():
             read.append(i)
             return super().__getitem__(i)
 
-    list(share(DataLoader(Noting(torch.arange(8)), batch_size=2), 1, 2))
+    list(share(DataLoader(Noting(torch.arange(8)), batch_size=2), 1, 2)[1])
     assert read == [2, 3, 6, 7]
 
 
@@ -183,8 +183,23 @@ def test_loaders_that_deal_by_themselves_or_have_no_numbers_are_refused():
 def test_a_batch_sampler_over_a_plain_sampler_keeps_its_batches():
     batches = BatchSampler(SequentialSampler(range(5)), 2, drop_last=True)
     data = TensorDataset(torch.arange(5))
-    found = [index.tolist() for index, _ in share(DataLoader(data, batch_sampler=batches), 0, 1)]
+    found = [index.tolist() for index, _ in share(DataLoader(data, batch_sampler=batches), 0, 1)[1]]
     assert found == [[0, 1], [2, 3]]
+
+
+def share_other_orders(rank, world_size):
+    cache = dc.DistributedCache(timeout_s=20)
+    order = [[0, 1], [2, 3]] if rank == 0 else [[3, 2], [1, 0]]
+    with cache.deferred_mode():
+        for index, (batch,) in cache.share(DataLoader(NUMBERED, batch_sampler=order)):
+            local = dc.ActivationCache()
+            local["x"] = batch
+            cache.cat(local, index=index)
+
+
+def test_loaders_of_another_order_on_another_rank_are_found_at_the_merge(ranks):
+    for outcome in ranks.outcomes(2, share_other_orders):
+        assert outcome.error.startswith("SchemaMismatch: cache.share() was given loaders of another order")
 
 
 # -- batches ---------------------------------------------------------------------------------------------------

@@ -586,3 +586,24 @@ def sleep_on(rank, world_size):
 def test_a_rank_that_takes_too_long_is_ended_and_named(ranks):
     with pytest.raises(RankFailed, match=r"rank\(s\) \[1\] of 2 did not end within 2 s"):
         ranks.run(2, sleep_on, timeout_s=2)
+
+
+# -- samples without an index ----------------------------------------------------------------------------------
+
+
+def number_samples(rank, world_size):
+    cache = dc.DistributedCache(timeout_s=20)
+    for _ in range(2):
+        with cache.deferred_mode():
+            for _ in range(rank + 1):  # cats of two samples, of two tokens each
+                model = torch.nn.Linear(3, 3)
+                with dc.record(model, {"x": ""}) as local:
+                    model(torch.randn(2, 2, 3))
+                cache.cat(local)
+    return cache.rows("x")
+
+
+def test_samples_without_an_index_are_numbered_through_over_ranks_and_merges(ranks):
+    for rows in ranks.run(2, number_samples):
+        assert rows["sample"].tolist() == [i // 2 for i in range(2 * 2 * (1 + 2) * 2)]
+        assert rows["position"].tolist() == [0, 1] * 12

@@ -98,6 +98,7 @@ def raise_in_block(rank, world_size, bad, times):
                     for i in samples_of(rank):
                         cache.cat(local_of(i), index=[i])
                 before = frozen(cache)
+                dist.barrier()  # a cat that comes later may learn of the failure, and folds nothing then
                 if rank == bad:
                     raise ZeroDivisionError(f"in block {n}, {{braces}} and é")
         except Exception as error:

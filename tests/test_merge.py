@@ -18,10 +18,12 @@ from distcache.ledger import IntervalSet, Ledger
 from distcache.merge import (
     VERSION,
     Record,
+    Settings,
     agreed,
     as_error,
     as_sortable,
     check_records,
+    check_settings,
     decode_list,
     encode_list,
     end_attempt,
@@ -34,7 +36,8 @@ from distcache.plan import Offer, make_plan
 from distcache.schema import union
 from distcache.strategies import Columns, Value
 
-RECORD = Record(VERSION, 11, 22, 33, 2 * 4, 0, -1, 1 << 20)
+RECORD = Record(0, 11, 22, 33, 2 * 4, 0, 0, 0)
+SETTINGS = Settings(VERSION, -1, 1 << 20)
 
 
 def ranks_with(**changes: tuple) -> list[Record]:
@@ -58,7 +61,7 @@ def test_ranks_agree_when_both_digests_do():
 @pytest.mark.parametrize("name", ["version", "dst", "bucket_bytes"])
 def test_ranks_that_were_set_up_otherwise_are_told_in_what(name):
     with pytest.raises(dc.SchemaMismatch, match=rf"ranks differ in {name}, by rank: \[1, 1, 2\]"):
-        check_records(ranks_with(**{name: (1, 1, 2)}))
+        check_settings([SETTINGS._replace(**{name: value}) for value in (1, 1, 2)])
 
 
 def test_a_rank_in_doubt_about_one_merge_can_be_settled_and_no_other():
@@ -69,6 +72,11 @@ def test_a_rank_in_doubt_about_one_merge_can_be_settled_and_no_other():
         with pytest.raises(dc.SchemaMismatch, match="number of merges that they have committed") as raised:
             check_records(ranks_with(epoch=epochs))
         assert numbers in str(raised.value)
+
+
+def test_loaders_that_were_dealt_in_other_orders_do_not_merge():
+    with pytest.raises(dc.SchemaMismatch, match="dealt twice or never"):
+        check_records(ranks_with(dealt=(5, 5, 6)))
 
 
 def test_contents_that_differ_at_one_epoch_do_not_merge():
@@ -164,7 +172,7 @@ def test_a_payload_unpacks_to_what_was_packed():
     (payload,) = plan.payloads
     buffer = torch.zeros(payload.nbytes, dtype=torch.uint8)
     merging.pack(delta, payload, buffer)
-    arrived = merging._unpack(plan, [buffer])
+    arrived = merging._unpack(plan, [buffer], [0, 0])
     assert arrived.pieces["rows"][0].value_n.tolist() == [[3.0], [1.0]]
     assert arrived.pieces["more"][0].value_n.tolist() == [3, 1]
     assert arrived.pieces["more"][0].columns is arrived.pieces["rows"][0].columns
