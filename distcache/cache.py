@@ -698,6 +698,10 @@ class ActivationCache:
         found.update({key: entry.schema for key, entry in self._entries.items() if isinstance(entry, KeptEntry)})
         return found
 
+    def _share_keys(self, other: ActivationCache) -> None:
+        """Take over the entries of a cache that holds the same keys; neither changes any of them from now on."""
+        self._entries, self._kept_digest = other._entries, other._kept_digest
+
     def _kept(self) -> dict[str, KeptEntry]:
         """Keys whose values are kept, in order."""
         return {key: entry for key, entry in self._entries.items() if isinstance(entry, KeptEntry)}

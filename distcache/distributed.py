@@ -13,11 +13,9 @@ from torch import Tensor
 from distcache.cache import ActivationCache, Explained
 from distcache.comm import CommFailed, Communicator, ProcessGroup, Store, open_comm
 from distcache.errors import HeldElsewhere, MergeInDoubt, PeerFailed, SchemaMismatch
-from distcache.merge import (
+from distcache.merge import Facts, Held, Party, merge, new_delta
+from distcache.protocol import (
     COMMIT,
-    Facts,
-    Held,
-    Party,
     announce,
     arrive,
     as_error,
@@ -26,8 +24,6 @@ from distcache.merge import (
     describe_error,
     learn,
     leave_attempt,
-    merge,
-    new_delta,
 )
 from distcache.schema import DIGEST_MODULUS
 from distcache.strategies import Strategy

@@ -10,9 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -21,27 +19,29 @@ from torch import Tensor
 
 from distcache import codec
 from distcache.cache import REDUCED, ActivationCache, KeptEntry, _registered
-from distcache.comm import CommFailed, Communicator, Poll, StoreLost, Transfer, held_interrupts
-from distcache.errors import (
-    DistcacheError,
-    DuplicateSamples,
-    MergeAborted,
-    MergeInDoubt,
-    PeerFailed,
-    SchemaMismatch,
-    TooLarge,
-)
+from distcache.comm import Communicator, StoreLost, Transfer, held_interrupts
+from distcache.errors import DuplicateSamples, MergeInDoubt, SchemaMismatch, TooLarge
 from distcache.ledger import Ledger
 from distcache.memory import available_bytes, human
 from distcache.plan import Block, MergePlan, Offer, Payload, Table, buckets, make_plan, needed_bytes
-from distcache.schema import DIGEST_MODULUS, KeySchema, digest_of, strategy_facts, union
+from distcache.protocol import (
+    COMMIT,
+    Decided,
+    arrive,
+    attempt,
+    describe_error,
+    end_attempt,
+    moving,
+    poll_decision,
+    vote,
+)
+from distcache.schema import DIGEST_MODULUS, KeySchema, digest_of, natural_order, strategy_facts, union
 from distcache.segments import Arena
 from distcache.strategies import Columns, Fieldwise, Function, Piece, Rows, State, Strategy, Value, described
 
 log = logging.getLogger("distcache")
 
 VERSION = 1  # of the records that ranks exchange
-COMMIT = b'{"commit":true}'
 
 
 @dataclass(slots=True)
@@ -54,33 +54,45 @@ class Facts:
     num_samples: int = 0  # those without an index
     digest: int = 0
     epoch: int = 0  # merges that were committed
+    usual_digest: int = 0  # of what all deltas brought to the last merge in which they agreed
 
 
 @dataclass(slots=True)
 class Merged:
-    """What a merge made, not yet anybody's content."""
+    """What a merge made, not yet anybody's content.
+
+    `layout`: what ranks were brought to where they differed. `spare`: states whose memory will not be needed.
+    """
 
     content: ActivationCache
     facts: Facts
+    layout: Arena | None
+    spare: Arena
 
 
 @dataclass(slots=True)
 class Held:
     """What one rank holds: committed content, what is known of it, and the delta that isn't merged yet.
 
-    `doubt`: what this rank voted for and never learned the decision on.
+    `spare`: memory for the next merge's scratch. `doubt`: what this rank voted for and never learned the decision on.
     """
 
     content: ActivationCache
     facts: Facts
     delta: ActivationCache
+    spare: Arena | None = None
     doubt: Merged | None = None
 
     def adopt(self, merged: Merged) -> None:
-        """Swap pointers, empty the delta."""
-        self.content, self.facts = merged.content, merged.facts
-        self.delta = new_delta(self.content)
-        self.doubt = None
+        """Swap pointers, empty the delta. Its room is kept, so that the same keys cost nothing the next time."""
+        room = self.delta._arena if merged.layout is None else merged.layout
+        self.content, self.facts, self.spare = merged.content, merged.facts, merged.spare
+        self.delta, self.doubt = new_delta(self.content), None
+        try:
+            room.sleep()
+        except (RuntimeError, MemoryError):  # no room is no harm: the next merge lays out anew
+            return
+        self.delta._arena = room
 
 
 def new_delta(content: ActivationCache) -> ActivationCache:
@@ -125,198 +137,6 @@ def merge(party: Party) -> None:
             commit(comm, party.number, held, merged)
 
 
-# -- an attempt and its end ------------------------------------------------------------------------------------
-
-
-class _Decided(Exception):
-    """This attempt has been ended, by another rank or this one."""
-
-    def __init__(self, decision: bytes) -> None:
-        self.decision = decision
-
-
-def decision_key(number: int) -> str:
-    return f"{number}/decision"
-
-
-def describe_error(error: BaseException) -> str:
-    return f"raised {type(error).__name__}: {str(error) or repr(error)}"
-
-
-def as_error(decision: bytes, comm: Communicator, again: str = "merge") -> DistcacheError:
-    """The exception that a decision to abort means for this rank. `again`: the call that can be repeated."""
-    found = json.loads(decision)["abort"]
-    rank, message = found["rank"], found["message"]
-    if found["kind"] in _ALIKE:
-        return _ALIKE[found["kind"]](message)
-    message = message.rstrip(".")
-    kept = f"Content and delta of this rank are as they were; once every rank is there, cache.{again}() tries again."
-    if rank == comm.rank:
-        return MergeAborted(f"given up by the cluster, because this rank {message}. {kept}")
-    return PeerFailed(f"{comm.name(rank)} {message}. {kept}")
-
-
-# Ranks disagree: every rank raises this, with the same text, whichever finds it first.
-_ALIKE = {"SchemaMismatch": SchemaMismatch, "DuplicateSamples": DuplicateSamples}
-
-
-@contextmanager
-def attempt(comm: Communicator, number: int, again: str = "merge") -> Iterator[None]:
-    """One attempt at something collective: whatever ends it here is decided for everybody."""
-    try:
-        yield
-    except _Decided as ended:
-        raise as_error(ended.decision, comm, again) from None
-    except StoreLost as error:
-        seen = comm.heart.decision if comm.heart is not None else None
-        if seen not in (None, COMMIT):
-            raise as_error(seen, comm, again) from error
-        raise MergeAborted(
-            f"this rank lost the store before its vote, so nothing has changed anywhere: {error}. "
-            f"cache.rejoin() connects anew, then cache.{again}() tries again."
-        ) from error
-    except MergeInDoubt:
-        raise
-    except CommFailed as error:
-        raise as_error(_blame(comm, number, error), comm, again) from error
-    except (SchemaMismatch, DuplicateSamples) as error:
-        decision = leave_attempt(comm, number, comm.rank, str(error), type(error).__name__)
-        raise as_error(decision, comm, again) from error
-    except BaseException as error:
-        decision = leave_attempt(comm, number, comm.rank, describe_error(error))
-        first = json.loads(decision).get("abort", {}).get("rank") == comm.rank
-        if first or not isinstance(error, DistcacheError):
-            raise
-        raise as_error(decision, comm, again) from error
-
-
-@contextmanager
-def moving(comm: Communicator) -> Iterator[None]:
-    """Where collectives are made. Whoever fails here leaves groups on which ranks may be out of step for good: one
-    has sent what another never received. So they are spent, for everybody (`arrive`).
-    """
-    try:
-        yield
-    except BaseException:
-        comm.broken = True
-        raise
-
-
-def abort_record(rank: int, message: str, kind: str = "") -> bytes:
-    """`rank`: whose fault it is. `kind`: of the error, where every rank raises the same."""
-    abort = {"rank": rank, "message": message[:20_000], "kind": kind}
-    return json.dumps({"abort": abort}, separators=(",", ":")).encode()
-
-
-def end_attempt(comm: Communicator, number: int, rank: int, message: str) -> bytes:
-    """End an attempt for everybody; the decision that stands, which is another where one was made before."""
-    return comm.store.decide(decision_key(number), abort_record(rank, message))
-
-
-def leave_attempt(comm: Communicator, number: int, rank: int, message: str, kind: str = "") -> bytes:
-    """As `end_attempt`, for a rank that has not voted: what it says holds for itself, though the store be lost."""
-    record = abort_record(rank, message, kind)
-    try:
-        return comm.store.decide(decision_key(number), record)
-    except StoreLost:
-        return record
-
-
-def _blame(comm: Communicator, number: int, error: CommFailed) -> bytes:
-    """The decision after a collective has failed: it names the peer whose heart has stopped, if one has."""
-    heart = comm.heart
-    assert heart is not None  # alone, no collective fails
-    limit_s = 3.5 * heart.interval_s
-    deadline = time.monotonic() + 1.5 * limit_s
-    peers = [rank for rank in range(comm.world_size) if rank != comm.rank]
-    try:
-        while True:
-            decision = comm.store.get(decision_key(number))
-            if decision is not None:
-                return decision
-            silent_s, rank = max((heart.silent_s(rank), rank) for rank in peers)
-            if silent_s > limit_s:
-                return end_attempt(comm, number, rank, "was lost in the middle of the merge")
-            if time.monotonic() > deadline:
-                break
-            time.sleep(heart.interval_s / 4)
-    except StoreLost:
-        pass
-    return leave_attempt(comm, number, comm.rank, f"lost touch with its peers in the middle of the merge ({error})")
-
-
-# -- arrive ----------------------------------------------------------------------------------------------------
-
-_SPENT, _SAVING = 1 << 20, 1 << 40  # in the count of arrivals: whose groups are spent, who came to save
-
-
-def arrive(comm: Communicator, number: int, wait_s: float, what: str) -> None:
-    """Wait in the store, never in a collective, until every rank has come; then no rank waits for work.
-
-    A peer that is alive is waited for up to `wait_s`; one that is silent for `comm.timeout_s` is given up.
-    `what`: "merge" or "save"; `SchemaMismatch` on every rank where they differ.
-    """
-    store, heart, everyone = comm.store, comm.heart, comm.world_size
-    if heart is None:
-        return
-    heart.watch(decision_key(number))
-    store.set(f"here/{comm.rank}", str(number).encode())
-    # With the count all learn, at no further cost, whether groups must be made anew and whether all want the same.
-    count = store.add(f"{number}/count", 1 + _SPENT * comm.broken + _SAVING * (what == "save"))
-    started = looked = time.monotonic()
-    nap_s, named = 0.0002, set[int]()
-    while count % _SPENT < everyone:
-        time.sleep(nap_s)
-        nap_s = min(nap_s * 1.3, 0.05)
-        count = store.add(f"{number}/count", 0)
-        now = time.monotonic()
-        if now - looked < heart.interval_s / 2 or count % _SPENT == everyone:
-            continue
-        looked = now
-        check_decision(comm, number)
-        missing = [rank for rank in range(everyone) if store.get(f"here/{rank}") != str(number).encode()]
-        for rank in missing:
-            silent_s = heart.silent_s(rank)
-            if silent_s > comm.timeout_s:
-                gone = "has left" if silent_s == float("inf") else f"was silent for {comm.timeout_s:g} s"
-                raise _Decided(end_attempt(comm, number, rank, f"{gone} while others waited to {what}"))
-            if silent_s > comm.timeout_s / 2 and rank not in named:
-                named.add(rank)
-                log.warning("rank %d waits for %s, silent for %.0f s", comm.rank, comm.name(rank), silent_s)
-        if missing and now - started > wait_s:
-            raise _Decided(end_attempt(comm, number, missing[0], f"is alive but did not come within {wait_s=:g}"))
-    check_decision(comm, number)
-    if comm.rank == 0 and number > 0:
-        # Everybody has come here, so nobody looks at the last attempt any more.
-        for key in ("count", "votes", "decision"):
-            store.delete(f"{number - 1}/{key}")
-    saving = count // _SAVING
-    if saving not in (0, everyone):
-        raise SchemaMismatch(
-            f"{saving} of {everyone} ranks came to save, the others to merge: collectives must be called in one order "
-            "on every rank. Nothing has changed."
-        )
-    if count % _SAVING >= _SPENT:
-        comm.rebuild(str(number))
-
-
-def check_decision(comm: Communicator, number: int) -> None:
-    found = comm.store.get(decision_key(number))
-    if found is not None and found != COMMIT:
-        raise _Decided(found)
-
-
-def poll_decision(comm: Communicator) -> Poll:
-    """A look at what the heart has seen: no call to the store."""
-
-    def poll() -> None:
-        decision = comm.heart.decision if comm.heart is not None else None
-        if decision is not None and decision != COMMIT:
-            raise _Decided(decision)
-
-    return poll
-
-
 # -- agree -----------------------------------------------------------------------------------------------------
 
 
@@ -344,16 +164,18 @@ class Settings(NamedTuple):
 def agree(party: Party) -> tuple[MergePlan, list[Offer], list[Record]]:
     """Find out what everybody has: one small record a rank, and more only where records say that it's needed."""
     comm, held, delta = party.comm, party.held, party.held.delta
-    poll = poll_decision(comm)
+    facts, poll = held.facts, poll_decision(comm)
+    if delta:
+        delta._arena.compact()  # room of keys that did not come back would be moved
     offer = make_offer(delta)
     blob = codec.encode(offer.to_plain()) if offer != Offer() else b""
     settings = Settings(VERSION, -1 if party.dst is None else party.dst, party.bucket_bytes)
     mine = Record(
         digest_of(*settings),
         delta._content_digest,
-        delta._arena.layout_digest,
-        held.facts.digest,
-        2 * held.facts.epoch + (held.doubt is not None),
+        delta._arena.layout_digest if delta else delta._arena.dormant_layout_digest,
+        facts.digest,
+        2 * facts.epoch + (held.doubt is not None),
         len(blob),
         delta._num_samples,
         party.dealt,
@@ -368,12 +190,15 @@ def agree(party: Party) -> tuple[MergePlan, list[Offer], list[Record]]:
     if any(record.blob_nbytes for record in records):
         blobs = comm.gather_bytes(blob, [record.blob_nbytes for record in records], poll)
         offers = [Offer.from_plain(codec.decode(theirs)) if theirs else Offer() for theirs in blobs]
-    schemas, holds = delta._schemas(), None
+    brought = agreed(records, facts.usual_digest)
+    if brought is not None and brought == facts.usual_digest:
+        return make_plan(facts.schemas, None, offers, facts.indexed), offers, records
+    schemas = delta._schemas()
     assert len(schemas) == len(delta)  # whatever else it held would be lost
-    if not agreed(records):
-        holds, offers = _exchange_schemas(party, schemas, offers)
-    ordered = union([schemas] if holds is None else holds, held.facts.schemas)
-    return make_plan(ordered, holds, offers, held.facts.indexed), offers, records
+    if brought is not None:
+        return make_plan(union([schemas], facts.schemas), None, offers, facts.indexed), offers, records
+    holds, offers = _exchange_schemas(party, schemas, offers)
+    return make_plan(union(holds, facts.schemas), holds, offers, facts.indexed), offers, records
 
 
 def check_settings(settings: Sequence[Settings]) -> None:
@@ -411,9 +236,18 @@ def check_records(records: Sequence[Record]) -> bool:
     return not behind
 
 
-def agreed(records: Sequence[Record]) -> bool:
-    """Whether all deltas hold the same keys, laid out alike: then segments move as they are, and no schema does."""
-    return len({(record.content_digest, record.layout_digest) for record in records}) == 1
+def agreed(records: Sequence[Record], usual_digest: int) -> int | None:
+    """The content digest of what all bring, laid out alike: then segments move as they are, and no schema does.
+
+    An idle rank, which brings nothing, agrees with what all brought the last time, `usual_digest`, if it has kept room
+    that is laid out so. None where ranks differ. Pure: alike on every rank.
+    """
+    busy = [record for record in records if record.content_digest]
+    found = {record.content_digest for record in busy or records}
+    layouts = {record.layout_digest for record in records}
+    if len(found) > 1 or len(layouts) > 1 or (len(busy) < len(records) and found != {usual_digest}):
+        return None
+    return found.pop()
 
 
 def _settle(party: Party, records: Sequence[Record]) -> None:
@@ -518,23 +352,30 @@ def decode_list(data: bytes) -> list[Value]:
 
 def move(party: Party, plan: MergePlan, offers: Sequence[Offer], records: Sequence[Record]) -> Merged:
     """Reduce scratch, send what is sent, and build the new content beside the old."""
-    first = _first_numbers(party.held.facts, records)
-    facts = _new_facts(party.held.facts, plan, offers, first[-1])
+    held = party.held
+    first = _first_numbers(held.facts, records)
+    facts = _new_facts(held.facts, plan, offers, records, first[-1])
     strategies = _strategies(party, plan)
     _check_memory(party, plan)
-    scratch = _scratch(party.held.delta, plan, strategies)
+    spare, held.spare = held.spare, None  # if this comes to nothing, operations may still write there
+    scratch = _scratch(held.delta, plan, strategies, spare)
+    layout = None if plan.relaid is None else scratch.blank()
+    changed = bool(scratch.entries) or any(block.kind == "field" for sent in plan.payloads for block in sent.blocks)
     _reduce(party, plan, scratch)
     buffers = _send(party, plan)
     content = ActivationCache()
-    content._registry = party.held.content._registry
+    content._registry = held.content._registry
     content._ledger = facts.ledger
     content._num_samples = facts.num_samples
+    if not changed:
+        content._arena = held.content._arena
     if party.holds_content:
-        _build(content, party.held.content, scratch, plan, strategies, _unpack(plan, buffers, first))
-        for notes in (party.held.content._notes, *(offer.notes for offer in offers)):
+        _build(content, held.content, scratch, plan, strategies, _unpack(plan, buffers, first))
+        for notes in (held.content._notes, *(offer.notes for offer in offers)):
             for key, note in notes.items():
                 content._notes.setdefault(key, note)
-    return Merged(content, facts)
+    spare = held.content._arena if changed and party.holds_content else scratch
+    return Merged(content, facts, layout, spare)
 
 
 def _first_numbers(facts: Facts, records: Sequence[Record]) -> list[int]:
@@ -542,43 +383,60 @@ def _first_numbers(facts: Facts, records: Sequence[Record]) -> list[int]:
     return list(itertools.accumulate((record.num_samples for record in records), initial=facts.num_samples))
 
 
-def _new_facts(facts: Facts, plan: MergePlan, offers: Sequence[Offer], num_samples: int) -> Facts:
-    indexed = dict(facts.indexed)
-    for offer in offers:
-        indexed.update(offer.indexed())
-    schemas = {**facts.schemas, **plan.schemas}
-    digest = sum(schema.digest for schema in schemas.values()) % DIGEST_MODULUS
-    return Facts(schemas, indexed, joined_ledger(facts.ledger, offers), num_samples, digest, facts.epoch + 1)
+def _new_facts(
+    facts: Facts, plan: MergePlan, offers: Sequence[Offer], records: Sequence[Record], num_samples: int
+) -> Facts:
+    indexed, schemas, digest = facts.indexed, facts.schemas, facts.digest
+    if any(offer.rows or offer.lists for offer in offers):
+        indexed = dict(indexed)
+        for offer in offers:
+            indexed.update(offer.indexed())
+    if plan.schemas is not schemas:
+        schemas = {**schemas, **plan.schemas}
+        digest = sum(schema.digest for schema in schemas.values()) % DIGEST_MODULUS
+    usual = agreed(records, facts.usual_digest)
+    if usual is None:  # what all will bring if they bring it all
+        usual = sum(schema.digest for schema in plan.schemas.values()) % DIGEST_MODULUS
+    ledger = joined_ledger(facts.ledger, offers)
+    return Facts(schemas, indexed, ledger, num_samples, digest, facts.epoch + 1, usual)
 
 
 def _strategies(party: Party, plan: MergePlan) -> dict[str, Strategy]:
-    """A strategy object for every key; functions don't travel, so each rank must have them itself."""
+    """A strategy object for every key that is sent or laid out anew; functions don't travel: each rank has its own."""
     held = party.held
+    sent = [block.key for payload in plan.payloads for block in payload.blocks if block.key]
     found: dict[str, Strategy] = {}
     by_facts: dict[str, Strategy] = {}
-    for key, schema in plan.schemas.items():
-        description = json.loads(schema.strategy)
-        if description["name"] != "function":
-            if schema.strategy not in by_facts:
-                by_facts[schema.strategy] = described(description)
-            found[key] = by_facts[schema.strategy]
-            continue
-        known = held.delta._state_strategy(key) or held.content._state_strategy(key)
-        known = known or _registered(held.delta._registry, key)
-        if not isinstance(known, Function) or strategy_facts(known) != schema.strategy:
-            raise SchemaMismatch(
-                f"{key!r} merges by {description['parameters']['function']}, but rank {party.comm.rank} has "
-                f"{known or 'no registration'} for it: call register_aggregation alike on every rank."
-            )
-        found[key] = known
+    for key in dict.fromkeys([*sent, *(plan.relaid or ())]):
+        facts = plan.schemas[key].strategy
+        if facts not in by_facts:
+            description = json.loads(facts)
+            if description["name"] != "function":
+                by_facts[facts] = described(description)
+            else:
+                found[key] = _own_function(held, key, facts, party.comm.rank)
+                continue
+        found[key] = by_facts[facts]
     return found
+
+
+def _own_function(held: Held, key: str, facts: str, rank: int) -> Function:
+    known = held.delta._state_strategy(key) or held.content._state_strategy(key)
+    known = known or _registered(held.delta._registry, key)
+    if not isinstance(known, Function) or strategy_facts(known) != facts:
+        raise SchemaMismatch(
+            f"{key!r} merges by {json.loads(facts)['parameters']['function']}, but rank {rank} has "
+            f"{known or 'no registration'} for it: call register_aggregation alike on every rank."
+        )
+    return known
 
 
 def _check_memory(party: Party, plan: MergePlan) -> None:
     """`TooLarge` before anything is taken, if it would not fit beside what the ranks on this host take too."""
     comm, held = party.comm, party.held
     delta_nbytes = {kind: arena_nbytes(held.delta._arena, kind) for kind in ("cpu", "cuda")}
-    kept = any(key not in plan.schemas for key in held.content._arena.entries)  # and so is added to scratch
+    # What the content holds beyond this merge's keys is added to scratch, if there is any.
+    kept = plan.schemas is not held.facts.schemas and any(k not in plan.schemas for k in held.content._arena.entries)
     beside = {kind: kept * arena_nbytes(held.content._arena, kind) for kind in ("cpu", "cuda")}
     for kind in ("cpu", "cuda"):
         sharing = comm.colocated if kind == "cpu" else (comm.rank,)
@@ -605,10 +463,12 @@ def _device(kind: str) -> torch.device:
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
-def _scratch(delta: ActivationCache, plan: MergePlan, strategies: Mapping[str, Strategy]) -> Arena:
+def _scratch(delta: ActivationCache, plan: MergePlan, strategies: Mapping[str, Strategy], spare: Arena | None) -> Arena:
     """A copy of the delta's states in the layout that all ranks share."""
     if plan.relaid is None:
-        return delta._arena.copy()
+        scratch = delta._arena.copy(spare=spare)
+        scratch.wake()  # an idle rank's identities
+        return scratch
     schemas = [plan.schemas[key] for key in plan.relaid]
     fieldwise = {key: s for key, s in strategies.items() if isinstance(s, Fieldwise)}
     devices = {schema.device: _device(schema.device) for schema in schemas}
@@ -618,15 +478,13 @@ def _scratch(delta: ActivationCache, plan: MergePlan, strategies: Mapping[str, S
 def _reduce(party: Party, plan: MergePlan, scratch: Arena) -> None:
     """Reduce every segment of scratch over ranks, in rounds: totals, then what is centred on them."""
     comm = party.comm
-    centred = [key for key, entry in scratch.entries.items() if any(f.round for f in entry.schema.fields)]
-    own = {key: {name: tensor.clone() for name, tensor in scratch.state(key).items()} for key in centred}
     rounds = sorted({segment_id.round for segment_id in scratch.segments})
+    centred = [(strategy, state, {name: tensor.clone() for name, tensor in state.items()})
+               for strategy, state in scratch.centred()]  # fmt: skip
     for number in rounds:
         if number:
-            for key in centred:
-                state = scratch.state(key)
-                moved = scratch.entries[key].strategy.recentre(own[key], state)
-                for name, tensor in moved.items():
+            for strategy, state, own in centred:
+                for name, tensor in strategy.recentre(own, state).items():
                     state[name].copy_(tensor)
         transfers, flipped = [], []
         for segment_id in sorted(s for s in scratch.segments if s.round == number):
@@ -759,14 +617,18 @@ def _build(
     arrived: _Arrived,
 ) -> None:
     """Fill `content`: what was there first, then rank 0's values, then rank 1's. `old` is only read."""
-    content._arena = scratch
+    if scratch.entries or arrived.states:
+        content._arena = scratch
     for key, state in arrived.states.items():
         strategy, result = strategies[key], codec.dtype_named(plan.schemas[key].result or "")
         assert isinstance(strategy, Fieldwise)
         content._put_state((key,), strategy, state, result, leading=False)
-    scratch.fold_arena(old._arena)
-    for key in scratch.entries:
-        content._entries[key] = REDUCED
+    if content._arena is not old._arena:
+        scratch.fold_arena(old._arena)
+    if content._arena.lies_like(old._arena) and not (arrived.pieces or arrived.lists):
+        content._share_keys(old)
+        return
+    content._entries = dict.fromkeys(content._arena.entries, REDUCED)
     earlier = old._kept()
     for key, entry in earlier.items():
         content._set_kept(key, entry.strategy, entry.state)
@@ -776,8 +638,8 @@ def _build(
         content._set_kept(key, strategies[key], Rows([*before, *full]))
     for key, states in arrived.lists.items():
         content._set_kept(key, strategies[key], _joined_list(key, strategies[key], earlier.get(key), states))
-    # Keys stand in one order on every rank: the content's, then new ones by name.
-    new = sorted(key for key in content._entries if key not in old._entries)
+    # Keys stand in one order on every rank: the content's, then new ones.
+    new = sorted((key for key in content._entries if key not in old._entries), key=natural_order)
     content._entries = {key: content._entries[key] for key in [*old._entries, *new]}
 
 
@@ -830,58 +692,4 @@ def commit(comm: Communicator, number: int, held: Held, merged: Merged) -> None:
         if interrupted is not None:
             raise interrupted
         if decision != COMMIT:
-            raise _Decided(decision)
-
-
-def vote(comm: Communicator, number: int, let_through: Poll) -> bytes:
-    """This rank's yes; the decision, which the last vote makes, or whoever finds that a rank is lost."""
-    store, heart, key = comm.store, comm.heart, decision_key(number)
-    if heart is None:
-        return COMMIT
-    peers = [rank for rank in range(comm.world_size) if rank != comm.rank]
-    votes = store.add(f"{number}/votes", 1)
-    progress = looked = time.monotonic()
-    nap_s = 0.0002
-    while votes < comm.world_size:
-        found = store.get(key)
-        if found is not None:
-            return found
-        time.sleep(nap_s)
-        nap_s = min(nap_s * 1.3, 0.02)
-        let_through()
-        now = time.monotonic()
-        if now - looked < heart.interval_s / 2:
-            continue
-        looked = now
-        seen = store.add(f"{number}/votes", 0)
-        if seen > votes:
-            votes, progress = seen, now
-        for rank in peers:
-            if heart.silent_s(rank) > comm.timeout_s:
-                return end_attempt(comm, number, rank, f"was silent for {comm.timeout_s:g} s while others voted")
-        if now - progress > comm.timeout_s:
-            late = [rank for rank in peers if store.get(f"voted/{rank}") != str(number).encode()]
-            blamed = (late or [comm.rank])[0]
-            return end_attempt(comm, number, blamed, f"had not voted {comm.timeout_s:g} s after the last vote")
-    # Whoever sees the last vote may decide: its rank may have died since.
-    return store.decide(key, COMMIT)
-
-
-def announce(comm: Communicator, number: int) -> None:
-    """Tell everybody that this rank has done what all others wait for in `learn`."""
-    decision = comm.store.decide(decision_key(number), COMMIT)
-    if decision != COMMIT:
-        raise _Decided(decision)
-
-
-def learn(comm: Communicator, number: int, rank: int) -> None:
-    """Wait until `rank` has done it, for as long as it's alive."""
-    heart = comm.heart
-    assert heart is not None
-    while (decision := comm.store.get(decision_key(number))) is None:
-        time.sleep(heart.interval_s / 10)
-        if heart.silent_s(rank) > comm.timeout_s:
-            decision = end_attempt(comm, number, rank, f"was silent for {comm.timeout_s:g} s")
-            break
-    if decision != COMMIT:
-        raise _Decided(decision)
+            raise Decided(decision)

@@ -9,8 +9,8 @@ rest, until somebody else moves in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -62,10 +62,11 @@ class Entry:
     schema: KeySchema
     slots: Mapping[str, Slot]
     slab: tuple[str, ...]  # the keys that lie side by side, one after the other, this one among them
+    digest: int = field(init=False, compare=False, repr=False)  # of where it lies
 
-    def layout_digest(self) -> int:
+    def __post_init__(self) -> None:
         places = [(name, tuple(slot.segment), slot.chunk, slot.offset, slot.shape) for name, slot in self.slots.items()]
-        return digest_of(self.schema.key, places)
+        object.__setattr__(self, "digest", digest_of(self.schema.key, places))
 
     def precedes(self, other: Entry) -> bool:
         """Whether `other` lies right behind, with a state of the same kind."""
@@ -145,24 +146,47 @@ class Segment:
         """The used part of every chunk: contiguous, and all that a collective needs to move."""
         return [chunk[:used] for chunk, used in zip(self.chunks, self.used, strict=True)]
 
-    def copy(self) -> Segment:
+    def copy(self, spare: Segment | None = None) -> Segment:
+        """A twin: into the chunks of `spare`, which is given up, where they are as large; else into new ones."""
         twin = object.__new__(Segment)
         twin.dtype, twin.identity, twin.device = self.dtype, self.identity, self.device
-        with torch.inference_mode(False):
-            twin.chunks = [part.clone() for part in self.filled()]
         twin.used, twin.holes = list(self.used), list(self.holes)
+        with torch.inference_mode(False):
+            if spare is not None and spare.used == self.used:
+                twin.chunks = [chunk[:used].copy_(part) for chunk, used, part in zip(
+                    spare.chunks, self.used, self.filled(), strict=True)]  # fmt: skip
+            else:
+                twin.chunks = [part.clone() for part in self.filled()]
         return twin
+
+    def blank(self) -> Segment:
+        """A twin with the same room, which takes no memory before `clear`."""
+        twin = object.__new__(Segment)
+        twin.dtype, twin.identity, twin.device = self.dtype, self.identity, self.device
+        twin.used, twin.holes = list(self.used), list(self.holes)
+        twin.chunks = []
+        return twin
+
+    def clear(self) -> None:
+        """Fill all room with identities."""
+        with torch.inference_mode(False):
+            if not self.chunks:
+                self.chunks = [torch.empty(used, dtype=self.dtype, device=self.device) for used in self.used]
+            for part in self.filled():
+                part.fill_(self.identity)
 
 
 class Arena:
     """The states of field-wise strategies of one cache, by key, in segments.
 
     `content_digest` and `layout_digest` are sums over keys and segments, kept up as keys are added, so that asking
-    whether two ranks agree costs nothing per key.
+    whether two ranks agree costs nothing per key. After `sleep` keys are `dormant`: they are held no more, but their
+    room is kept, and folding them again allocates and hashes nothing.
     """
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
+        self.dormant: dict[str, Entry] = {}
         self.segments: dict[SegmentId, Segment] = {}
         self.content_digest = 0
         self._slots_digest = 0
@@ -171,8 +195,43 @@ class Arena:
     @property
     def layout_digest(self) -> int:
         """Where every slot lies, and how far chunks are filled: room that was left behind is moved too."""
+        return self._layout_digest(self._slots_digest)
+
+    def sleep(self) -> None:
+        """Empty all keys, and keep their room for the next time: one operation a chunk."""
+        for segment in self.segments.values():
+            segment.clear()
+        self.dormant.update(self.entries)
+        self.entries = {}
+        self.content_digest = self._slots_digest = 0
+        self._centred_runs = None
+
+    def wake(self) -> None:
+        """Hold all dormant keys again, with the identities that they have."""
+        for entry in self.dormant.values():
+            self._enter(entry)
+        self.dormant = {}
+
+    def compact(self) -> None:
+        """Give up the room of dormant keys."""
+        if self.dormant:
+            self.__dict__.update(self._rebuilt(None).__dict__)
+
+    def blank(self) -> Arena:
+        """A twin with the same layout, in which all keys are dormant; it takes no memory before `sleep`."""
+        twin = Arena()
+        twin.dormant = dict(self.entries)
+        twin.segments = {segment_id: segment.blank() for segment_id, segment in self.segments.items()}
+        return twin
+
+    @property
+    def dormant_layout_digest(self) -> int:
+        """What `layout_digest` will be when all dormant keys have been folded again."""
+        return self._layout_digest(self._slots_digest + sum(entry.digest for entry in self.dormant.values()))
+
+    def _layout_digest(self, slots_digest: int) -> int:
         fills = (digest_of(tuple(segment_id), held.used) for segment_id, held in self.segments.items())
-        return (self._slots_digest + sum(fills)) % DIGEST_MODULUS
+        return (slots_digest + sum(fills)) % DIGEST_MODULUS
 
     def lies_like(self, other: Arena) -> bool:
         """Whether both hold the same keys at the same places: what lets segments be folded as they are."""
@@ -200,12 +259,11 @@ class Arena:
         """Make room, filled with identities, for new keys of one strategy and shape; a slab if there are several."""
         facts = strategy_facts(strategy)
         specs = []
-        for field in strategy.layout(shapes):
-            shape = shapes[field.name]
-            may_grow = strategy.ragged_dims(field.name, len(shape))
+        for f in strategy.layout(shapes):
+            shape = shapes[f.name]
+            may_grow = strategy.ragged_dims(f.name, len(shape))
             fixed = tuple(None if grows else n for n, grows in zip(shape, may_grow, strict=True))
-            dtype = dtype_name(dtypes[field.name])
-            specs.append(FieldSchema(field.name, fixed, dtype, field.reduction.value, field.round))
+            specs.append(FieldSchema(f.name, fixed, dtype_name(dtypes[f.name]), f.reduction.value, f.round))
         schemas = [
             KeySchema(key, "fields", facts, tuple(specs), result=dtype_name(result), device=device.type) for key in keys
         ]
@@ -221,16 +279,16 @@ class Arena:
     ) -> None:
         slots: list[dict[str, Slot]] = [{} for _ in schemas]
         centred = type(strategy).__name__ if any(f.round for f in schemas[0].fields) else ""
-        for field in schemas[0].fields:
-            segment_id = SegmentId(field.reduction, field.dtype, field.round, device.type, centred)
-            shape = capacities[field.name]
+        for f in schemas[0].fields:
+            segment_id = SegmentId(f.reduction, f.dtype, f.round, device.type, centred)
+            shape = capacities[f.name]
             numel = math.prod(shape)
             segment = self.segments.get(segment_id)
             if segment is None:
                 segment = self.segments[segment_id] = Segment(segment_id, device)
             chunk, offset = segment.allocate(max(1, numel * len(schemas)))  # a place even for no elements
             for i, held in enumerate(slots):
-                held[field.name] = Slot(segment_id, chunk, offset + i * numel, shape)
+                held[f.name] = Slot(segment_id, chunk, offset + i * numel, shape)
         slab = tuple(schema.key for schema in schemas)
         for schema, held in zip(schemas, slots, strict=True):
             self._enter(Entry(strategy, schema, held, slab))
@@ -246,7 +304,7 @@ class Arena:
 
     def _count(self, entry: Entry, sign: int) -> None:
         self.content_digest = (self.content_digest + sign * entry.schema.digest) % DIGEST_MODULUS
-        self._slots_digest = (self._slots_digest + sign * entry.layout_digest()) % DIGEST_MODULUS
+        self._slots_digest = (self._slots_digest + sign * entry.digest) % DIGEST_MODULUS
 
     def drop(self, key: str) -> None:
         """Forget a key and give its room back."""
@@ -289,14 +347,40 @@ class Arena:
     def make_room(self, keys: Sequence[str], strategy: Fieldwise, state: State, result: torch.dtype) -> tuple[str, ...]:
         """Make room for a state [K, …] of K keys, all new or none; the new ones. What is held stays as it is."""
         wanted = {name: tuple(tensor.shape[1:]) for name, tensor in state.items()}
+        made: tuple[str, ...] = ()
         if keys[0] not in self.entries:
-            dtypes = strategy.accumulators({name: tensor.dtype for name, tensor in state.items()})
-            self.reserve(keys, strategy, wanted, dtypes, result, next(iter(state.values())).device)
-            return tuple(keys)
+            made = tuple(keys)
+            device = next(iter(state.values())).device
+            kinds = {name: (wanted[name], tensor.dtype) for name, tensor in state.items()}
+
+            def fits_in(entry: Entry) -> bool:
+                return entry.schema.device == device.type and not self._misfit(entry, strategy, kinds, result)
+
+            if not self._wake(keys, fits_in):
+                dtypes = strategy.accumulators({name: tensor.dtype for name, tensor in state.items()})
+                self.reserve(keys, strategy, wanted, dtypes, result, device)
+                return made
         for key in keys:
             if any(not fits(wanted[name], slot.shape) for name, slot in self.entries[key].slots.items()):
                 self._grow(self.entries[key].slab, wanted)
-        return ()
+        return made
+
+    def _wake(self, keys: Sequence[str], fits_in: Callable[[Entry], bool]) -> bool:
+        """Hold dormant keys again, if their room is what is needed; else that room is given back."""
+        entries = [self.dormant.pop(key, None) for key in keys]
+        first = entries[0]
+        if first is not None and first.slab == tuple(keys) and None not in entries and fits_in(first):
+            for entry in entries:
+                assert entry is not None
+                self._enter(entry)
+            return True
+        for entry in entries:
+            if entry is not None:
+                self._release(entry)
+                for other in entry.slab:
+                    if other in self.dormant:
+                        self.dormant[other] = replace(self.dormant[other], slab=(other,))
+        return False
 
     def fold(self, keys: Sequence[str], state: State) -> None:
         """Fold a state [K, …] into K keys that have room and are known to fit: an operation a field for a slab."""
@@ -316,13 +400,26 @@ class Arena:
         result: torch.dtype,
     ) -> None:
         """`SchemaMismatch` naming what differs, if a state of these fields can't join this key's."""
-        entry = self.entries[key]
+        misfit = self._misfit(self.entries[key], strategy, fields, result)
+        if misfit:
+            raise SchemaMismatch(f"cannot fold into {key!r}: {misfit}")
+        for name, (shape, _) in fields.items():
+            capacity(strategy, name, shape)  # raises where `size` is exceeded
+
+    @staticmethod
+    def _misfit(
+        entry: Entry,
+        strategy: Fieldwise,
+        fields: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        result: torch.dtype,
+    ) -> str:
+        """Why a state of these fields can't join an entry's, in words; empty where it can."""
         if entry.strategy != strategy:
-            raise SchemaMismatch(f"cannot fold into {key!r}: it holds a state of {entry.strategy}, got {strategy}.")
+            return f"it holds a state of {entry.strategy}, got {strategy}."
         held = {f.name: f for f in entry.schema.fields}
         if set(held) != set(fields):
-            raise SchemaMismatch(
-                f"cannot fold into {key!r}: its state has {sorted(held)}, the new value brings {sorted(fields)}. "
+            return (
+                f"its state has {sorted(held)}, the new value brings {sorted(fields)}. "
                 "Give every value of a key a weight, or none."
             )
         dtypes = strategy.accumulators({name: dtype for name, (_, dtype) in fields.items()})
@@ -333,17 +430,16 @@ class Arena:
             )
             if not same or dtype_name(dtypes[name]) != spec.dtype:
                 expected = tuple("*" if n is None else n for n in spec.shape)
-                raise SchemaMismatch(
-                    f"cannot fold into {key!r}: expected {name} of {spec.dtype} {expected}, got "
-                    f"{dtype_name(dtypes[name])} {shape}. Give every value of a key one shape; for different sizes use "
-                    f"{type(strategy).__name__}(ragged=True)."
+                return (
+                    f"expected {name} of {spec.dtype} {expected}, got {dtype_name(dtypes[name])} {shape}. Give every "
+                    f"value of a key one shape; for different sizes use {type(strategy).__name__}(ragged=True)."
                 )
-            capacity(strategy, name, shape)  # raises where `size` is exceeded
         if entry.schema.result != dtype_name(result):
-            raise SchemaMismatch(
-                f"cannot fold into {key!r}: its values were such that results are {entry.schema.result}, "
-                f"the new one asks for {dtype_name(result)}. Give all values of a key one dtype."
+            return (
+                f"its values were such that results are {entry.schema.result}, the new one asks for "
+                f"{dtype_name(result)}. Give all values of a key one dtype."
             )
+        return ""
 
     def _grow(self, keys: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Give the keys of one slab room for larger ragged fields, and their old room back."""
@@ -360,23 +456,27 @@ class Arena:
         for entry in entries:
             self._release(entry)
 
-    def copy(self, device: torch.device | None = None) -> Arena:
-        """A twin: with the same layout, one memcpy a chunk; or on another device."""
+    def copy(self, device: torch.device | None = None, spare: Arena | None = None) -> Arena:
+        """A twin: with the same layout, one memcpy a chunk; or on another device. `spare` gives up its memory."""
         if device is not None and any(segment.device != device for segment in self.segments.values()):
-            return self._moved(device)
+            return self._rebuilt(device)
         twin = Arena()
-        twin.entries = dict(self.entries)
+        twin.entries, twin.dormant = dict(self.entries), dict(self.dormant)
         twin.content_digest, twin._slots_digest = self.content_digest, self._slots_digest
-        twin.segments = {segment_id: segment.copy() for segment_id, segment in self.segments.items()}
+        old = {} if spare is None else spare.segments
+        twin.segments = {segment_id: segment.copy(old.get(segment_id)) for segment_id, segment in self.segments.items()}
         return twin
 
-    def _moved(self, device: torch.device) -> Arena:
-        """A copy on another device: segments are named by their device, so every key is entered anew."""
+    def _rebuilt(self, device: torch.device | None) -> Arena:
+        """A copy laid out anew, without dormant keys; on another device, whose type is in the names of segments."""
         twin = Arena()
         for keys in self.slabs():
-            schemas = [replace(self.entries[key].schema, device=device.type) for key in keys]
-            twin._place(schemas, self.entries[keys[0]].strategy, self.capacities(keys[0]), device)
+            schemas = [self.entries[key].schema for key in keys]
             theirs = self._views(keys[0], len(keys))
+            where = next(iter(theirs.values())).device
+            if device is not None:
+                schemas, where = [replace(schema, device=device.type) for schema in schemas], device
+            twin._place(schemas, self.entries[keys[0]].strategy, self.capacities(keys[0]), where)
             for name, mine in twin._views(keys[0], len(keys)).items():
                 mine.copy_(theirs[name])
         return twin
@@ -417,8 +517,12 @@ class Arena:
 
         An empty arena becomes a copy. What both hold is known to fit.
         """
+        if not self.entries and self.dormant and self.dormant_layout_digest == other.layout_digest:
+            self.entries, self.dormant = {key: self.dormant[key] for key in other.entries}, {}
+            self.content_digest, self._slots_digest = other.content_digest, other._slots_digest
         if not self.entries:
             self.__dict__.update(other.copy().__dict__)
+            self.compact()
         elif self.lies_like(other):
             self._fold_alike(other)
         else:
@@ -433,13 +537,18 @@ class Arena:
         for key, count in self._runs():
             self.entries[key].strategy.fold_(self._views(key, count), other._views(key, count))
 
+    def centred(self) -> Iterator[tuple[Fieldwise, State]]:
+        """Strategies with states [K, …] that are reduced in rounds: views, as many together as lie side by side."""
+        for key, count in self._runs():
+            yield self.entries[key].strategy, self._views(key, count)
+
     def _runs(self) -> list[tuple[str, int]]:
         """(first key, number of keys) of centred states that lie side by side, however they were allocated."""
         if self._centred_runs is None:
             runs: list[tuple[str, int]] = []
             before: Entry | None = None
             for key, entry in self.entries.items():
-                if not any(field.round for field in entry.schema.fields):
+                if not any(f.round for f in entry.schema.fields):
                     continue
                 if before is not None and before.precedes(entry):
                     runs[-1] = (runs[-1][0], runs[-1][1] + 1)
@@ -452,7 +561,7 @@ class Arena:
     def _fold_slab(self, other: Arena, keys: tuple[str, ...]) -> None:
         new = [key for key in keys if key not in self.entries]
         entry = other.entries[keys[0]]
-        if new:
+        if new and not self._wake(new, lambda mine: mine.schema == other.entries[mine.schema.key].schema):
             device = other.segments[next(iter(entry.slots.values())).segment].device
             schemas = [other.entries[key].schema for key in new]
             self._place(schemas, entry.strategy, other.capacities(keys[0]), device)

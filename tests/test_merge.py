@@ -20,19 +20,17 @@ from distcache.merge import (
     Record,
     Settings,
     agreed,
-    as_error,
     as_sortable,
     check_records,
     check_settings,
     decode_list,
     encode_list,
-    end_attempt,
     joined_ledger,
-    leave_attempt,
     make_offer,
     new_delta,
 )
 from distcache.plan import Offer, make_plan
+from distcache.protocol import as_error, end_attempt, leave_attempt
 from distcache.schema import union
 from distcache.strategies import Columns, Value
 
@@ -53,9 +51,18 @@ def test_a_record_is_64_bytes():
 
 
 def test_ranks_agree_when_both_digests_do():
-    assert agreed(ranks_with())
-    assert not agreed(ranks_with(content_digest=(11, 12, 11)))
-    assert not agreed(ranks_with(layout_digest=(22, 22, 23)))
+    assert agreed(ranks_with(), 0) == 11
+    assert agreed(ranks_with(content_digest=(11, 12, 11)), 11) is None
+    assert agreed(ranks_with(layout_digest=(22, 22, 23)), 11) is None
+
+
+def test_an_idle_rank_agrees_with_what_all_brought_the_last_time_if_it_has_room_for_it():
+    idle = {"content_digest": (11, 0, 11)}
+    assert agreed(ranks_with(**idle), 11) == 11
+    assert agreed(ranks_with(**idle), 12) is None
+    assert agreed(ranks_with(**idle, layout_digest=(22, 23, 22)), 11) is None
+    assert agreed(ranks_with(content_digest=(0, 0, 0)), 11) is None  # nothing to move is not that again
+    assert agreed(ranks_with(content_digest=(0, 0, 0)), 0) == 0
 
 
 @pytest.mark.parametrize("name", ["version", "dst", "bucket_bytes"])
