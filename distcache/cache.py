@@ -84,6 +84,7 @@ class ActivationCache:
         self._notes: dict[str, str] = {}
         self._ledger = Ledger()
         self._kept_digest = 0
+        self._kept_keys: dict[str, None] = {}
         self._pending: ActivationCache | None = None
         self._keeps_lists = False  # a delta's plain functions are called once, by the merge
         self._num_samples = 0  # recorded without an index; an index given to `cat` has one entry for each
@@ -545,8 +546,10 @@ class ActivationCache:
             self._arena.drop(key)
         if isinstance(old, KeptEntry):
             self._kept_digest -= old.schema.digest
+            del self._kept_keys[key]
         if isinstance(entry, KeptEntry):
             self._kept_digest += entry.schema.digest
+            self._kept_keys[key] = None
         self._kept_digest %= DIGEST_MODULUS
         self._entries[key] = entry
 
@@ -700,11 +703,11 @@ class ActivationCache:
 
     def _share_keys(self, other: ActivationCache) -> None:
         """Take over the entries of a cache that holds the same keys; neither changes any of them from now on."""
-        self._entries, self._kept_digest = other._entries, other._kept_digest
+        self._entries, self._kept_keys, self._kept_digest = other._entries, other._kept_keys, other._kept_digest
 
     def _kept(self) -> dict[str, KeptEntry]:
-        """Keys whose values are kept, in order."""
-        return {key: entry for key, entry in self._entries.items() if isinstance(entry, KeptEntry)}
+        """Keys whose values are kept."""
+        return {key: self._entries[key] for key in self._kept_keys}  # type: ignore[misc]
 
 
 def _ledger_of(keys: Sequence[str], samples: Tensor) -> Ledger:

@@ -61,7 +61,10 @@ def dtype_named(name: str) -> torch.dtype:
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor as a flat uint8 tensor on the same device; a view where it's contiguous."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    if flat.stride(0) != 1:  # a single element counts as contiguous, whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def from_bytes(flat_u8: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -11,9 +11,10 @@ import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,18 @@ from distcache.comm import Communicator, StoreLost, Transfer, held_interrupts
 from distcache.errors import DuplicateSamples, MergeInDoubt, SchemaMismatch, TooLarge
 from distcache.ledger import Ledger
 from distcache.memory import available_bytes, human
-from distcache.plan import Block, MergePlan, Offer, Payload, Table, buckets, make_plan, needed_bytes
+from distcache.plan import (
+    Block,
+    Holdings,
+    MergePlan,
+    Offer,
+    Payload,
+    Table,
+    buckets,
+    make_plan,
+    needed_bytes,
+    num_ragged,
+)
 from distcache.protocol import (
     COMMIT,
     Decided,
@@ -49,12 +61,13 @@ class Facts:
     """What every rank knows of the content, also those that don't hold it."""
 
     schemas: dict[str, KeySchema] = field(default_factory=dict)
-    indexed: dict[str, bool] = field(default_factory=dict)
+    indexed: Mapping[str, bool] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     num_samples: int = 0  # those without an index
     digest: int = 0
     epoch: int = 0  # merges that were committed
     usual_digest: int = 0  # of what all deltas brought to the last merge in which they agreed
+    usual_kept: tuple[str, ...] = ()  # those of its keys whose values are kept, sorted
 
 
 @dataclass(slots=True)
@@ -168,7 +181,7 @@ def agree(party: Party) -> tuple[MergePlan, list[Offer], list[Record]]:
     if delta:
         delta._arena.compact()  # room of keys that did not come back would be moved
     offer = make_offer(delta)
-    blob = codec.encode(offer.to_plain()) if offer != Offer() else b""
+    blob = codec.encode(offer.to_plain()) if offer else b""
     settings = Settings(VERSION, -1 if party.dst is None else party.dst, party.bucket_bytes)
     mine = Record(
         digest_of(*settings),
@@ -191,14 +204,20 @@ def agree(party: Party) -> tuple[MergePlan, list[Offer], list[Record]]:
         blobs = comm.gather_bytes(blob, [record.blob_nbytes for record in records], poll)
         offers = [Offer.from_plain(codec.decode(theirs)) if theirs else Offer() for theirs in blobs]
     brought = agreed(records, facts.usual_digest)
+    busy = torch.tensor([[record.content_digest != 0] for record in records])
     if brought is not None and brought == facts.usual_digest:
-        return make_plan(facts.schemas, None, offers, facts.indexed), offers, records
+        holdings = Holdings(facts.usual_kept, busy.expand(-1, len(facts.usual_kept)))
+        return make_plan(facts.schemas, holdings, offers, facts.indexed), offers, records
     schemas = delta._schemas()
     assert len(schemas) == len(delta)  # whatever else it held would be lost
     if brought is not None:
-        return make_plan(union([schemas], facts.schemas), None, offers, facts.indexed), offers, records
-    holds, offers = _exchange_schemas(party, schemas, offers)
-    return make_plan(union(holds, facts.schemas), holds, offers, facts.indexed), offers, records
+        kept = tuple(sorted(delta._kept()))
+        schemas = union(list(schemas.values()), busy.expand(-1, len(schemas)), facts.schemas)
+        return make_plan(schemas, Holdings(kept, busy.expand(-1, len(kept))), offers, facts.indexed), offers, records
+    variants, held_by, rooms = _exchange_schemas(party, schemas, records)
+    schemas = union(variants, held_by, facts.schemas)
+    holdings = Holdings(tuple(schema.key for schema in variants), held_by, rooms)
+    return make_plan(schemas, holdings, offers, facts.indexed), offers, records
 
 
 def check_settings(settings: Sequence[Settings]) -> None:
@@ -259,21 +278,79 @@ def _settle(party: Party, records: Sequence[Record]) -> None:
 
 
 def _exchange_schemas(
-    party: Party, schemas: Mapping[str, KeySchema], offers: Sequence[Offer]
-) -> tuple[list[dict[str, KeySchema]], list[Offer]]:
+    party: Party, schemas: Mapping[str, KeySchema], records: Sequence[Record]
+) -> tuple[list[KeySchema], Tensor, Tensor]:
+    """Every schema that a rank has, sorted by key [N]; which ranks do, bool [W, N]; the rooms (`Holdings.rooms`).
+
+    Ranks of one content digest hold the same, so the first of them speaks for all. What most ranks hold is sent whole;
+    the other speakers tell what they lack of it, a bit a key, and what they have beyond it.
+    """
+    comm, mine = party.comm, [schemas[key] for key in sorted(schemas)]
+    alike: dict[int, list[int]] = {}
+    for rank, record in enumerate(records):
+        if record.content_digest:  # an idle rank has nothing to say
+            alike.setdefault(record.content_digest, []).append(rank)
+    usual = max(alike.values(), key=len, default=[-1])[0]
+    speaks = any(ranks[0] == comm.rank for ranks in alike.values())
+    common = mine
+    if len(alike.get(records[usual].content_digest, ())) < comm.world_size:
+        told = _tell_all(party, codec.encode([_listed(s.facts()) for s in mine]) if comm.rank == usual else b"")
+        common = [KeySchema.from_facts(facts) for facts in codec.decode(told[usual])] if alike else []
+    numbers = {schema: number for number, schema in enumerate(common)}
+    holds = {usual: list(numbers.values())}
+    if len(alike) > 1:
+        has = np.array([schemas.get(schema.key) == schema for schema in common], dtype=bool)
+        beyond = [_listed(schema.facts()) for schema in mine if schema not in numbers]
+        told = _tell_all(party, codec.encode([np.packbits(has).tobytes(), beyond]) if speaks else b"")
+        for rank in sorted(ranks[0] for ranks in alike.values()):
+            bits, more = codec.decode(told[rank])
+            has = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=len(common))
+            new = [numbers.setdefault(KeySchema.from_facts(facts), len(numbers)) for facts in more]
+            holds[rank] = [*np.flatnonzero(has).tolist(), *new]
+    variants = sorted(numbers, key=lambda schema: schema.key)  # stable
+    held = torch.zeros(comm.world_size, len(numbers), dtype=torch.bool)
+    for ranks in alike.values():
+        row = torch.zeros(len(numbers), dtype=torch.bool)
+        row[holds[ranks[0]]] = True
+        held[ranks] = row
+    held = held[:, [numbers[schema] for schema in variants]]
+    return variants, held, _exchange_rooms(party, mine, variants, held, records)
+
+
+def _exchange_rooms(
+    party: Party, mine: Sequence[KeySchema], variants: Sequence[KeySchema], held: Tensor, records: Sequence[Record]
+) -> Tensor:
+    """The largest room that any rank has in every ragged dim, int64 [E]: where ranks lie alike, one speaks for all."""
     comm, arena = party.comm, party.held.delta._arena
-    poll = poll_decision(comm)
-    rooms = [[key, [[name, list(shape)] for name, shape in arena.capacities(key).items()]] for key in arena.entries]
-    blob = codec.encode([[_listed(schema.facts()) for schema in schemas.values()], rooms])
-    sizes = [row[0] for row in comm.gather([len(blob)], poll)]
-    holds, full = [], []
-    for theirs, offer in zip(comm.gather_bytes(blob, sizes, poll), offers, strict=True):
-        facts, rooms = codec.decode(theirs)
-        found = [KeySchema.from_facts(fact) for fact in facts]
-        holds.append({schema.key: schema for schema in found})
-        capacities = {key: {name: tuple(shape) for name, shape in fields} for key, fields in rooms}
-        full.append(replace(offer, capacities=capacities))
-    return holds, full
+    places = [i for i, schema in enumerate(variants) for _ in range(num_ragged(schema))]
+    rooms = torch.zeros(len(places), dtype=torch.int64)
+    if not places:
+        return rooms
+    first: dict[tuple[int, int], int] = {}
+    for rank, record in enumerate(records):
+        first.setdefault((record.content_digest, record.layout_digest), rank)
+    theirs = {rank: held[rank, places] for rank in first.values()}
+    sizes = [8 * int(theirs[rank].sum()) if rank in theirs else 0 for rank in range(comm.world_size)]
+    own = [
+        n
+        for schema in mine
+        for f in schema.fields
+        for n, fixed in zip(arena.capacities(schema.key)[f.name], f.shape, strict=True)
+        if fixed is None
+    ]
+    blob = np.array(own, dtype="<i8").tobytes() if comm.rank in theirs else b""
+    for rank, told in enumerate(comm.gather_bytes(blob, sizes, poll_decision(comm))):
+        if told:
+            known = torch.from_numpy(np.frombuffer(told, dtype="<i8").copy())
+            rooms[theirs[rank]] = torch.maximum(rooms[theirs[rank]], known)
+    return rooms
+
+
+def _tell_all(party: Party, blob: bytes) -> list[bytes]:
+    """Every rank's bytes, of a length that only it knows."""
+    poll = poll_decision(party.comm)
+    sizes = [row[0] for row in party.comm.gather([len(blob)], poll)]
+    return party.comm.gather_bytes(blob, sizes, poll)
 
 
 def _listed(value: Any) -> Any:
@@ -299,13 +376,13 @@ def joined_ledger(content: Ledger, offers: Sequence[Offer]) -> Ledger:
 
 def make_offer(delta: ActivationCache) -> Offer:
     """What a delta's kept values come to in rows and bytes."""
-    rows: dict[str, tuple[int, int]] = {}
-    lists: dict[str, tuple[int, bool]] = {}
+    rows: list[tuple[int, int]] = []
+    lists: list[tuple[int, bool]] = []
     tables: list[Table] = []
     numbers: dict[tuple[int, ...], int] = {}
-    for key, entry in delta._kept().items():
+    for _, entry in sorted(delta._kept().items()):
         if not isinstance(entry.state, Rows):
-            lists[key] = (len(encode_list(entry.state)), _indexed(entry.state))
+            lists.append((len(encode_list(entry.state)), _indexed(entry.state)))
             continue
         pieces = [piece for piece in entry.state.pieces if len(piece.value_n)]
         number = -1
@@ -315,8 +392,11 @@ def make_offer(delta: ActivationCache) -> Offer:
                 numbers[identity] = len(tables)
                 tables.append(_table_of(pieces))
             number = numbers[identity]
-        rows[key] = (sum(len(piece.value_n) for piece in pieces), number)
-    return Offer(rows, tuple(tables), lists, {}, tuple(delta._ledger.to_plain()), dict(delta._notes))
+        rows.append((sum(len(piece.value_n) for piece in pieces), number))
+    num_rows, table_of = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    nbytes, indexed = torch.tensor(lists, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    ledger = tuple(delta._ledger.to_plain())
+    return Offer(num_rows, table_of, tuple(tables), nbytes, indexed, ledger, dict(delta._notes))
 
 
 def _table_of(pieces: Sequence[Piece]) -> Table:
@@ -360,7 +440,7 @@ def move(party: Party, plan: MergePlan, offers: Sequence[Offer], records: Sequen
     spare, held.spare = held.spare, None  # if this comes to nothing, operations may still write there
     scratch = _scratch(held.delta, plan, strategies, spare)
     layout = None if plan.relaid is None else scratch.blank()
-    changed = bool(scratch.entries) or any(block.kind == "field" for sent in plan.payloads for block in sent.blocks)
+    changed = bool(scratch.entries or plan.sole)
     _reduce(party, plan, scratch)
     buffers = _send(party, plan)
     content = ActivationCache()
@@ -386,11 +466,7 @@ def _first_numbers(facts: Facts, records: Sequence[Record]) -> list[int]:
 def _new_facts(
     facts: Facts, plan: MergePlan, offers: Sequence[Offer], records: Sequence[Record], num_samples: int
 ) -> Facts:
-    indexed, schemas, digest = facts.indexed, facts.schemas, facts.digest
-    if any(offer.rows or offer.lists for offer in offers):
-        indexed = dict(indexed)
-        for offer in offers:
-            indexed.update(offer.indexed())
+    schemas, digest = facts.schemas, facts.digest
     if plan.schemas is not schemas:
         schemas = {**schemas, **plan.schemas}
         digest = sum(schema.digest for schema in schemas.values()) % DIGEST_MODULUS
@@ -398,13 +474,14 @@ def _new_facts(
     if usual is None:  # what all will bring if they bring it all
         usual = sum(schema.digest for schema in plan.schemas.values()) % DIGEST_MODULUS
     ledger = joined_ledger(facts.ledger, offers)
-    return Facts(schemas, indexed, ledger, num_samples, digest, facts.epoch + 1, usual)
+    kept = tuple(sorted(plan.kept))
+    return Facts(schemas, plan.indexed, ledger, num_samples, digest, facts.epoch + 1, usual, kept)
 
 
 def _strategies(party: Party, plan: MergePlan) -> dict[str, Strategy]:
     """A strategy object for every key that is sent or laid out anew; functions don't travel: each rank has its own."""
     held = party.held
-    sent = [block.key for payload in plan.payloads for block in payload.blocks if block.key]
+    sent = [*plan.kept, *plan.sole]
     found: dict[str, Strategy] = {}
     by_facts: dict[str, Strategy] = {}
     for key in dict.fromkeys([*sent, *(plan.relaid or ())]):
@@ -434,7 +511,7 @@ def _own_function(held: Held, key: str, facts: str, rank: int) -> Function:
 def _check_memory(party: Party, plan: MergePlan) -> None:
     """`TooLarge` before anything is taken, if it would not fit beside what the ranks on this host take too."""
     comm, held = party.comm, party.held
-    delta_nbytes = {kind: arena_nbytes(held.delta._arena, kind) for kind in ("cpu", "cuda")}
+    delta_nbytes = {kind: arena_nbytes(held.delta._arena, kind, held.spare) for kind in ("cpu", "cuda")}
     # What the content holds beyond this merge's keys is added to scratch, if there is any.
     kept = plan.schemas is not held.facts.schemas and any(k not in plan.schemas for k in held.content._arena.entries)
     beside = {kind: kept * arena_nbytes(held.content._arena, kind) for kind in ("cpu", "cuda")}
@@ -453,10 +530,15 @@ def _check_memory(party: Party, plan: MergePlan) -> None:
             )
 
 
-def arena_nbytes(arena: Arena, kind: str) -> int:
-    """Bytes of all segments on one type of device."""
-    segments = [segment for segment_id, segment in arena.segments.items() if segment_id.device == kind]
-    return sum(part.nbytes for segment in segments for part in segment.filled())
+def arena_nbytes(arena: Arena, kind: str, spare: Arena | None = None) -> int:
+    """Bytes of all segments on one type of device, but for those whose copies may have a spare one's memory."""
+    old = {} if spare is None else spare.segments
+    return sum(
+        part.nbytes
+        for segment_id, segment in arena.segments.items()
+        if segment_id.device == kind and not segment.fits(old.get(segment_id))
+        for part in segment.filled()
+    )
 
 
 def _device(kind: str) -> torch.device:
@@ -478,18 +560,19 @@ def _scratch(delta: ActivationCache, plan: MergePlan, strategies: Mapping[str, S
 def _reduce(party: Party, plan: MergePlan, scratch: Arena) -> None:
     """Reduce every segment of scratch over ranks, in rounds: totals, then what is centred on them."""
     comm = party.comm
-    rounds = sorted({segment_id.round for segment_id in scratch.segments})
-    centred = [(strategy, state, {name: tensor.clone() for name, tensor in state.items()})
+    _fold_gathered(party, scratch)
+    reduced = sorted(segment_id for segment_id in scratch.segments if not segment_id.gathered)
+    rounds = sorted({segment_id.round for segment_id in reduced})
+    centred = [(strategy, state, {f.name: state[f.name].clone() for f in strategy.layout(state) if not f.round})
                for strategy, state in scratch.centred()]  # fmt: skip
     for number in rounds:
         if number:
             for strategy, state, own in centred:
-                for name, tensor in strategy.recentre(own, state).items():
-                    state[name].copy_(tensor)
+                strategy.recentre_({**state, **own}, state)
         transfers, flipped = [], []
-        for segment_id in sorted(s for s in scratch.segments if s.round == number):
+        for segment_id in (s for s in reduced if s.round == number):
             # What a later round is centred on is needed everywhere; the rest only where the content is held.
-            root = None if segment_id.centred and number < rounds[-1] else party.dst
+            root = None if segment_id.apart and number < rounds[-1] else party.dst
             for part in scratch.segments[segment_id].filled():
                 wire = part
                 if segment_id.reduction != "sum" and part.is_floating_point():
@@ -500,6 +583,43 @@ def _reduce(party: Party, plan: MergePlan, scratch: Arena) -> None:
         comm.run(transfers, poll_decision(comm))
         for wire in flipped:
             _flip(wire)
+
+
+def _fold_gathered(party: Party, scratch: Arena) -> None:
+    """Fold the states of scratch that combine as a whole: along a tree of ranks, neighbours first, then spread them.
+
+    Every fold happens on one rank and in the order of ranks, so that all hold the same bits. A rank sends its segments
+    once and receives them log2(world size) times, into one copy: not those of all ranks at once, nor one after the
+    other.
+    """
+    comm, mine = party.comm, scratch.gathered()
+    if not mine.segments:
+        return
+    theirs: Arena | None = None
+    reach = 1
+    while reach < comm.world_size:
+        into = comm.rank - comm.rank % (2 * reach)
+        root = into + reach
+        if comm.rank == into and root < comm.world_size:
+            theirs = mine.copy() if theirs is None else theirs
+            comm.run(_copies(party, theirs, root, into), poll_decision(comm))
+            mine.fold_alike(theirs)
+        elif comm.rank == root:
+            comm.run(_copies(party, mine, root, into), poll_decision(comm))
+        reach *= 2
+    if party.dst != 0:
+        comm.run(_copies(party, mine, root=0, to=party.dst), poll_decision(comm))
+
+
+def _copies(party: Party, arena: Arena, root: int, to: int | None) -> list[Transfer]:
+    """All of an arena's segments, as the bytes that they are, from one rank to another or to all."""
+    wires = [part.view(torch.uint8) for segment_id in sorted(arena.segments) for part in
+             arena.segments[segment_id].filled()]  # fmt: skip
+    return [
+        Transfer(wire[start:stop], "copy", root=root, to=to)
+        for wire in wires
+        for start, stop in buckets(wire.numel(), 1, party.bucket_bytes)
+    ]
 
 
 def as_sortable(part: Tensor, largest: bool) -> Tensor:

@@ -1,17 +1,28 @@
-"""What all ranks know -> who moves which bytes where; pure functions, the same on every rank."""
+"""What all ranks know -> who moves which bytes where; pure functions, the same on every rank.
+
+Row counts, and who holds what, are vectors and matrices over keys, never an object per rank and key: 1,024 ranks with
+10,000 keys each have ten million.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from distcache.codec import dtype_named
 from distcache.errors import SchemaMismatch
 from distcache.schema import KeySchema
 
 ALIGNMENT = 16  # bytes; every block can be viewed as its dtype
+
+
+def _no_keys() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,48 +34,55 @@ class Table:
     indexed: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Offer:
     """What one rank tells the others about what it will send, beyond the schema.
 
-    `rows`: key -> (number of rows, number of its table or -1). `lists`: key -> (encoded bytes, whether its values
-    carry the samples' indices). `capacities`: key -> field -> shape, for field-wise states; only exchanged where
-    layouts differ.
+    Its vectors, int64, have an entry for each of the rank's keys of that kind, in the order of `sorted`: names don't
+    travel. `num_rows`, `table_of` [R]: of its rows, and the number of their table or -1. `list_nbytes`, `list_indexed`
+    [L]: of its lists, encoded, and whether (0 or 1) their values carry the samples' indices.
     """
 
-    rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    num_rows: Tensor = field(default_factory=_no_keys)
+    table_of: Tensor = field(default_factory=_no_keys)
     tables: tuple[Table, ...] = ()
-    lists: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
-    capacities: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    list_nbytes: Tensor = field(default_factory=_no_keys)
+    list_indexed: Tensor = field(default_factory=_no_keys)
     ledger: tuple[Any, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
-    def indexed(self) -> dict[str, bool]:
-        """Whether a key's values carry the samples' indices, for keys that have any."""
-        found = {key: table >= 0 and self.tables[table].indexed for key, (n, table) in self.rows.items() if n}
-        return {**found, **{key: indexed for key, (_, indexed) in self.lists.items()}}
+    def __bool__(self) -> bool:
+        return bool(len(self.num_rows) or len(self.list_nbytes) or self.ledger or self.notes)
 
     def to_plain(self) -> list[Any]:
         return [
-            {key: list(counts) for key, counts in self.rows.items()},
+            self.num_rows,
+            self.table_of,
             [[[list(column) for column in t.columns], t.num_rows, t.indexed] for t in self.tables],
-            {key: list(facts) for key, facts in self.lists.items()},
-            {key: {name: list(s) for name, s in fields.items()} for key, fields in self.capacities.items()},
+            self.list_nbytes,
+            self.list_indexed,
             list(self.ledger),
             dict(self.notes),
         ]
 
     @classmethod
     def from_plain(cls, plain: Sequence[Any]) -> Offer:
-        rows, tables, lists, capacities, ledger, notes = plain
-        return cls(
-            {key: (counts[0], counts[1]) for key, counts in rows.items()},
-            tuple(Table(tuple((c[0], c[1]) for c in columns), n, indexed) for columns, n, indexed in tables),
-            {key: (facts[0], facts[1]) for key, facts in lists.items()},
-            {key: {name: tuple(s) for name, s in fields.items()} for key, fields in capacities.items()},
-            tuple(ledger),
-            notes,
-        )
+        num_rows, table_of, tables, list_nbytes, list_indexed, ledger, notes = plain
+        named = tuple(Table(tuple((c[0], c[1]) for c in columns), n, indexed) for columns, n, indexed in tables)
+        return cls(num_rows, table_of, named, list_nbytes, list_indexed, tuple(ledger), notes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Holdings:
+    """Who brings what. `keys` [K], in the order of `sorted`; `held`: bool [W, K], by rank.
+
+    `rooms`: int64 [E], the largest room that any rank has in each ragged dim of these keys' fields, key by key; None
+    where layouts agree, so that segments go as they are: then `keys` are those alone whose values are kept.
+    """
+
+    keys: tuple[str, ...]
+    held: Tensor
+    rooms: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,118 +103,238 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class _Item:
+    """What the blocks of all ranks have in common; `shape` of one row, or of a whole field."""
+
+    device: str
+    kind: str
+    key: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * dtype_named(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Blocks of one kind and device, [n]: which of `items`, rows (of a field: 1), bytes, number of the table or -1."""
+
+    items: Sequence[_Item]
+    which: Tensor
+    num_rows: Tensor
+    nbytes: Tensor
+    table_of: Tensor
+
+    @classmethod
+    def of(cls, items: Sequence[_Item], num_rows: Sequence[int], table_of: Sequence[int]) -> _Part:
+        """All of some items."""
+        rows = torch.tensor(num_rows)
+        return cls(
+            items,
+            torch.arange(len(items)),
+            rows,
+            rows * torch.tensor([i.nbytes for i in items]),
+            torch.tensor(table_of),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Payload:
     """The bytes that one rank sends from one type of device: blocks side by side in one buffer."""
 
     rank: int
     device: str
-    blocks: tuple[Block, ...]
     nbytes: int
+    parts: tuple[_Part, ...]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """In the order of their offsets; made when asked for."""
+        found, offset = [], 0
+        for part in self.parts:
+            vectors = (part.which, part.num_rows, part.nbytes, part.table_of)
+            for which, num_rows, nbytes, table in zip(*(vector.tolist() for vector in vectors), strict=True):
+                item = part.items[which]
+                shape = item.shape if item.kind == "field" else (num_rows, *item.shape)
+                found.append(Block(item.kind, item.key, item.name, item.dtype, shape, offset, nbytes, table))
+                offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class MergePlan:
     """Who reduces and who sends what.
 
-    `relaid`: the keys to reduce, in this order, where layouts differ; None where segments go as they are.
+    `relaid`: the keys to reduce, in this order, where layouts differ; None where segments go as they are. `sole`: the
+    one holder of each key whose state is sent. `kept`: the keys whose values are sent. `indexed`: of all keys that have
+    any values in the content or here, whether these carry the samples' indices.
     """
 
     schemas: Mapping[str, KeySchema]
     relaid: tuple[str, ...] | None
     capacities: Mapping[str, Mapping[str, tuple[int, ...]]]
+    sole: Mapping[str, int]
+    kept: tuple[str, ...]
+    indexed: Mapping[str, bool]
     payloads: tuple[Payload, ...]
     tables: tuple[tuple[Table, ...], ...]  # by rank
 
     def explain(self) -> str:
         """The plan in a few lines, for logs."""
         reduced = "segments as they are" if self.relaid is None else f"{len(self.relaid)} keys laid out anew"
-        sent = ", ".join(f"rank {p.rank} {p.nbytes} B ({p.device})" for p in self.payloads) or "nothing"
-        return f"merge of {len(self.schemas)} keys: reduce {reduced}; send {sent}"
+        sent = [f"rank {p.rank} {p.nbytes} B ({p.device})" for p in self.payloads[:8]]
+        more = [f"and {len(self.payloads) - 8} more"] if len(self.payloads) > 8 else []
+        return f"merge of {len(self.schemas)} keys: reduce {reduced}; send {', '.join([*sent, *more]) or 'nothing'}"
 
 
 def make_plan(
     schemas: Mapping[str, KeySchema],
-    holds: Sequence[Mapping[str, KeySchema]] | None,
+    holdings: Holdings,
     offers: Sequence[Offer],
     content_indexed: Mapping[str, bool],
 ) -> MergePlan:
-    """The plan of a merge; `holds` is every rank's schemas where layouts differ, None where they agree.
+    """The plan of a merge; `schemas`, whose order is the plan's, has every key of `holdings` and maybe more.
 
     A state with one holder is sent, one with several is reduced, the others bringing identities.
     `SchemaMismatch` where some rows carry the samples' indices and some don't.
     """
-    _check_indexed(offers, content_indexed)
-    relaid: list[str] = []
-    capacities: dict[str, dict[str, tuple[int, ...]]] = {}
-    sole: dict[int, list[str]] = {}
-    if holds is not None:
-        for key, schema in schemas.items():
-            if schema.kind != "fields":
-                continue
-            holders = [rank for rank, held in enumerate(holds) if key in held]
-            if not holders:
-                continue
-            rooms = [offers[rank].capacities[key] for rank in holders]
-            capacities[key] = {f.name: tuple(map(max, *(room[f.name] for room in rooms))) if len(rooms) > 1
-                               else rooms[0][f.name] for f in schema.fields}  # fmt: skip
-            if len(holders) == 1 and len(holds) > 1:
-                sole.setdefault(holders[0], []).append(key)
-            else:
-                relaid.append(key)
-    payloads = []
+    rows, lists = (_Kept(kind, schemas, holdings, content_indexed) for kind in ("rows", "list"))
+    capacities, relaid, sole = _fields(schemas, holdings)
+    fields: dict[int, list[_Item]] = {}
+    for key, rank in sole.items():
+        device, room = schemas[key].device, capacities[key]
+        items = [_Item(device, "field", key, f.name, f.dtype, room[f.name]) for f in schemas[key].fields]
+        fields.setdefault(rank, []).extend(items)
+    payloads: list[Payload] = []
     for rank, offer in enumerate(offers):
-        payloads.extend(_payloads(rank, offer, schemas, sole.get(rank, ()), capacities))
+        table_indexed = torch.tensor([*(table.indexed for table in offer.tables), False])  # of table -1: the last
+        rows.check_indexed(rank, offer.num_rows > 0, table_indexed[offer.table_of])
+        lists.check_indexed(rank, offer.list_nbytes >= 0, offer.list_indexed > 0)
+        parts = [
+            *rows.parts(rank, offer.num_rows, offer.table_of),
+            *_columns(offer.tables),
+            *lists.parts(rank, offer.list_nbytes, torch.full_like(offer.list_nbytes, -1)),
+            *_states(fields.get(rank, ())),
+        ]
+        payloads.extend(_payloads(rank, parts))
     return MergePlan(
         schemas,
-        tuple(relaid) if holds is not None else None,
+        None if holdings.rooms is None else tuple(relaid),
         capacities,
+        sole,
+        (*rows.keys, *lists.keys),
+        {**content_indexed, **rows.indexed(), **lists.indexed()} if rows.keys or lists.keys else content_indexed,
         tuple(payloads),
         tuple(offer.tables for offer in offers),
     )
 
 
-def _check_indexed(offers: Sequence[Offer], content_indexed: Mapping[str, bool]) -> None:
-    indexed = {key: (flag, "the content") for key, flag in content_indexed.items()}
-    for rank, offer in enumerate(offers):
-        for key, flag in offer.indexed().items():
-            first, who = indexed.setdefault(key, (flag, f"rank {rank}"))
-            if first != flag:
-                yes, no = (who, f"rank {rank}") if first else (f"rank {rank}", who)
-                raise SchemaMismatch(
-                    f"cannot order {key!r}: {yes} has values with an index, {no} without. "
-                    "On one key either every non-empty cat has index= or none has."
-                )
+def num_ragged(schema: KeySchema) -> int:
+    """The number of ragged dims of a key's fields: so many of `Holdings.rooms` are its own."""
+    return sum(n is None for f in schema.fields for n in f.shape)
 
 
-def _payloads(
-    rank: int,
-    offer: Offer,
-    schemas: Mapping[str, KeySchema],
-    sole: Sequence[str],
-    capacities: Mapping[str, Mapping[str, tuple[int, ...]]],
-) -> list[Payload]:
-    blocks: dict[str, list[Block]] = {}
-    ends: dict[str, int] = {}
+def _fields(
+    schemas: Mapping[str, KeySchema], holdings: Holdings
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str], dict[str, int]]:
+    """Where layouts differ: the room of every field by key, the keys to reduce, and the holder of those to send."""
+    capacities: dict[str, dict[str, tuple[int, ...]]] = {}
+    relaid: list[str] = []
+    sole: dict[str, int] = {}
+    if holdings.rooms is None:
+        return capacities, relaid, sole
+    rooms = iter(holdings.rooms.tolist())
+    by_key = {}
+    for key in holdings.keys:
+        by_key[key] = {f.name: tuple(next(rooms) if n is None else n for n in f.shape) for f in schemas[key].fields}
+    alone = len(holdings.held) == 1
+    holders = dict(zip(holdings.keys, holdings.held.sum(0).tolist(), strict=True))
+    first = dict(zip(holdings.keys, holdings.held.byte().argmax(0).tolist(), strict=True))
+    for key, schema in schemas.items():
+        if schema.kind == "fields" and key in by_key:
+            capacities[key] = by_key[key]
+            if holders[key] == 1 and not alone:
+                sole[key] = first[key]
+            else:
+                relaid.append(key)
+    return capacities, relaid, sole
 
-    def put(device: str, kind: str, key: str, name: str, dtype: str, shape: tuple[int, ...], table: int = -1) -> None:
-        nbytes = math.prod(shape) * dtype_named(dtype).itemsize
-        offset = -(-ends.get(device, 0) // ALIGNMENT) * ALIGNMENT
-        blocks.setdefault(device, []).append(Block(kind, key, name, dtype, shape, offset, nbytes, table))
-        ends[device] = offset + nbytes
 
-    for key in sorted(offer.rows):
-        num_rows, table = offer.rows[key]
-        schema = schemas[key]
-        put(schema.device, "rows", key, "", schema.dtype or "", (num_rows, *(schema.row_shape or ())), table)
-    for number, table_ in enumerate(offer.tables):
-        for name, dtype in table_.columns:
-            put("cpu", "column", "", name, dtype, (table_.num_rows,), number)
-    for key in sorted(offer.lists):
-        put("cpu", "list", key, "", "uint8", (offer.lists[key][0],))
-    for key in sole:
-        for spec in schemas[key].fields:
-            put(schemas[key].device, "field", key, spec.name, spec.dtype, capacities[key][spec.name])
-    return [Payload(rank, device, tuple(found), ends[device]) for device, found in sorted(blocks.items())]
+class _Kept:
+    """The keys of one kind whose values are kept, [K], and who brings them."""
+
+    def __init__(
+        self, kind: str, schemas: Mapping[str, KeySchema], holdings: Holdings, content_indexed: Mapping[str, bool]
+    ) -> None:
+        places = [i for i, key in enumerate(holdings.keys) if schemas[key].kind == kind]
+        self.keys = [holdings.keys[i] for i in places]
+        found = [schemas[key] for key in self.keys]
+        self._items = [_Item(s.device, kind, s.key, "", s.dtype or "uint8", s.row_shape or ()) for s in found]
+        self._nbytes = torch.tensor([item.nbytes for item in self._items], dtype=torch.int64)
+        self._on = {
+            d: torch.tensor([i.device == d for i in self._items]) for d in sorted({i.device for i in self._items})
+        }
+        self._places = [held.nonzero().flatten() for held in holdings.held[:, places]]  # by rank
+        # Whether values carry the samples' indices, -1 where there are none yet; who brought the first, -1 the content.
+        self._flags = torch.tensor([int(content_indexed.get(key, -1)) for key in self.keys], dtype=torch.int64)
+        self._who = torch.full_like(self._flags, -1)
+
+    def parts(self, rank: int, num_rows: Tensor, table_of: Tensor) -> Iterator[_Part]:
+        """What a rank sends of these keys, by type of device."""
+        which = self._places[rank]
+        assert len(which) == len(num_rows) == len(table_of)
+        nbytes = num_rows * self._nbytes[which]
+        for there in self._on.values():
+            some = there[which]
+            yield _Part(self._items, which[some], num_rows[some], nbytes[some], table_of[some])
+
+    def check_indexed(self, rank: int, some: Tensor, indexed: Tensor) -> None:
+        """`SchemaMismatch` unless this rank's values, of keys of which it has `some`, are as those that came before."""
+        places, flags = self._places[rank], indexed.to(torch.int64)
+        known = self._flags[places]
+        odd = (some & (known >= 0) & (known != flags)).nonzero()
+        if len(odd):
+            place = int(places[odd[0]])
+            first = int(self._who[place])
+            before, now = "the content" if first < 0 else f"rank {first}", f"rank {rank}"
+            yes, no = (before, now) if self._flags[place] else (now, before)
+            raise SchemaMismatch(
+                f"cannot order {self.keys[place]!r}: {yes} has values with an index, {no} without. "
+                "On one key either every non-empty cat has index= or none has."
+            )
+        new = some & (known < 0)
+        self._flags[places[new]], self._who[places[new]] = flags[new], rank
+
+    def indexed(self) -> dict[str, bool]:
+        """What has been found out, by key."""
+        return {key: bool(flag) for key, flag in zip(self.keys, self._flags.tolist(), strict=True) if flag >= 0}
+
+
+def _columns(tables: Sequence[Table]) -> Iterator[_Part]:
+    columns = [(number, table.num_rows, *column) for number, table in enumerate(tables) for column in table.columns]
+    if columns:
+        items = [_Item("cpu", "column", "", name, dtype, ()) for _, _, name, dtype in columns]
+        yield _Part.of(items, [num_rows for _, num_rows, _, _ in columns], [number for number, _, _, _ in columns])
+
+
+def _states(items: Sequence[_Item]) -> Iterator[_Part]:
+    for device in sorted({item.device for item in items}):
+        there = [item for item in items if item.device == device]
+        yield _Part.of(there, [1] * len(there), [-1] * len(there))
+
+
+def _payloads(rank: int, parts: Sequence[_Part]) -> Iterator[Payload]:
+    by_device: dict[str, list[_Part]] = {}
+    for part in parts:
+        if len(part.which):
+            by_device.setdefault(part.items[int(part.which[0])].device, []).append(part)
+    for device, found in sorted(by_device.items()):
+        nbytes = torch.cat([part.nbytes for part in found])
+        padded = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        yield Payload(rank, device, int(padded[:-1].sum() + nbytes[-1]), tuple(found))
 
 
 def needed_bytes(
@@ -208,19 +346,16 @@ def needed_bytes(
     content's segments that are copied, where the content is held.
     """
     holds = dst in (None, rank)
-    payloads = [p for p in plan.payloads if p.device == device and (holds or p.rank == rank)]
-    sent = sum(payload.nbytes for payload in payloads)
-    if plan.relaid is None:
-        scratch = delta_nbytes
-    else:
-        fields = [
-            (key, f) for key in plan.relaid for f in plan.schemas[key].fields if plan.schemas[key].device == device
-        ]
-        scratch = sum(math.prod(plan.capacities[key][f.name]) * dtype_named(f.dtype).itemsize for key, f in fields)
+    sent = sum(p.nbytes for p in plan.payloads if p.device == device and (holds or p.rank == rank))
+    scratch = delta_nbytes if plan.relaid is None else _fields_nbytes(plan, plan.relaid, device)
     if holds:  # a state that was sent joins the others in scratch
-        states = [block.nbytes for payload in payloads for block in payload.blocks if block.kind == "field"]
-        scratch += sum(states) + content_nbytes
+        scratch += _fields_nbytes(plan, plan.sole, device) + content_nbytes
     return sent + scratch
+
+
+def _fields_nbytes(plan: MergePlan, keys: Iterable[str], device: str) -> int:
+    found = [(key, f) for key in keys for f in plan.schemas[key].fields if plan.schemas[key].device == device]
+    return sum(math.prod(plan.capacities[key][f.name]) * dtype_named(f.dtype).itemsize for key, f in found)
 
 
 def buckets(numel: int, itemsize: int, bucket_bytes: int) -> list[tuple[int, int]]:

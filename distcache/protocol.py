@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from distcache.comm import CommFailed, Communicator, Poll, StoreLost
@@ -124,13 +125,13 @@ def _blame(comm: Communicator, number: int, error: CommFailed) -> bytes:
     assert heart is not None  # alone, no collective fails
     limit_s = 3.5 * heart.interval_s
     deadline = time.monotonic() + 1.5 * limit_s
-    peers = [rank for rank in range(comm.world_size) if rank != comm.rank]
+    watch = _Watch(comm, lambda: _peers(comm), limit_s / 4)
     try:
         while True:
             decision = comm.store.get(decision_key(number))
             if decision is not None:
                 return decision
-            silent_s, rank = max((heart.silent_s(rank), rank) for rank in peers)
+            silent_s, rank = max(((heart.silent_s(rank), rank) for rank in watch.due()), default=(0.0, -1))
             if silent_s > limit_s:
                 return end_attempt(comm, number, rank, "was lost in the middle of the merge")
             if time.monotonic() > deadline:
@@ -141,9 +142,46 @@ def _blame(comm: Communicator, number: int, error: CommFailed) -> bytes:
     return leave_attempt(comm, number, comm.rank, f"lost touch with its peers in the middle of the merge ({error})")
 
 
+class _Watch:
+    """Whose heart to look at now: a few ranks at a time, each once a round, so that a look costs the store little.
+
+    Up to 16 ranks are looked at every time. `whom`: the ranks that matter, asked for once a round. `longest_s`: of a
+    round; the limits on silence that callers keep are four times that.
+    """
+
+    def __init__(self, comm: Communicator, whom: Callable[[], list[int]], longest_s: float) -> None:
+        assert comm.heart is not None
+        self._whom, self._look_s = whom, comm.heart.interval_s / 2
+        self._round_s = min(longest_s, self._look_s * comm.world_size / 16)
+        self._ranks: list[int] = []
+        self._done = 0
+        self._started = -math.inf
+
+    def due(self) -> list[int]:
+        now = time.monotonic()
+        if self._done == len(self._ranks) and now - self._started >= self._round_s - self._look_s:
+            self._ranks, self._done, self._started = self._whom(), 0, now
+        passed = (now - self._started + self._look_s) / self._round_s
+        stop = min(len(self._ranks), math.ceil(passed * len(self._ranks)))
+        ranks, self._done = self._ranks[self._done : stop], max(self._done, stop)
+        return ranks
+
+
+def _peers(comm: Communicator) -> list[int]:
+    """The other ranks, beginning with the next: not all look at the same one at the same time."""
+    return [*range(comm.rank + 1, comm.world_size), *range(comm.rank)]
+
+
 # -- arrive ----------------------------------------------------------------------------------------------------
 
 _SPENT, _SAVING = 1 << 20, 1 << 40  # in the count of arrivals: whose groups are spent, who came to save
+_BITS = 62  # ranks a counter of the store can tell apart
+
+
+def _missing(comm: Communicator, number: int) -> list[int]:
+    """The ranks that have not come, beginning with the next."""
+    here = [comm.store.add(f"{number}/here/{i}", 0) for i in range(-(-comm.world_size // _BITS))]
+    return [rank for rank in _peers(comm) if not here[rank // _BITS] >> rank % _BITS & 1]
 
 
 def arrive(comm: Communicator, number: int, wait_s: float, what: str) -> None:
@@ -156,22 +194,23 @@ def arrive(comm: Communicator, number: int, wait_s: float, what: str) -> None:
     if heart is None:
         return
     heart.watch(decision_key(number))
-    store.set(f"here/{comm.rank}", str(number).encode())
+    store.add(f"{number}/here/{comm.rank // _BITS}", 1 << comm.rank % _BITS)
     # With the count all learn, at no further cost, whether groups must be made anew and whether all want the same.
     count = store.add(f"{number}/count", 1 + _SPENT * comm.broken + _SAVING * (what == "save"))
     started = looked = time.monotonic()
     nap_s, named = 0.0002, set[int]()
+    longest_nap_s = 0.05 * max(1.0, everyone / 256)
+    watch = _Watch(comm, lambda: _missing(comm, number), comm.timeout_s / 4)
     while count % _SPENT < everyone:
         time.sleep(nap_s)
-        nap_s = min(nap_s * 1.3, 0.05)
+        nap_s = min(nap_s * 1.3, longest_nap_s)
         count = store.add(f"{number}/count", 0)
         now = time.monotonic()
         if now - looked < heart.interval_s / 2 or count % _SPENT == everyone:
             continue
         looked = now
         check_decision(comm, number)
-        missing = [rank for rank in range(everyone) if store.get(f"here/{rank}") != str(number).encode()]
-        for rank in missing:
+        for rank in watch.due():
             silent_s = heart.silent_s(rank)
             if silent_s > comm.timeout_s:
                 gone = "has left" if silent_s == float("inf") else f"was silent for {comm.timeout_s:g} s"
@@ -179,12 +218,13 @@ def arrive(comm: Communicator, number: int, wait_s: float, what: str) -> None:
             if silent_s > comm.timeout_s / 2 and rank not in named:
                 named.add(rank)
                 log.warning("rank %d waits for %s, silent for %.0f s", comm.rank, comm.name(rank), silent_s)
-        if missing and now - started > wait_s:
-            raise Decided(end_attempt(comm, number, missing[0], f"is alive but did not come within {wait_s=:g}"))
+        if now - started > wait_s and (missing := _missing(comm, number)):
+            raise Decided(end_attempt(comm, number, min(missing), f"is alive but did not come within {wait_s=:g}"))
     check_decision(comm, number)
     if comm.rank == 0 and number > 0:
         # Everybody has come here, so nobody looks at the last attempt any more.
-        for key in ("count", "votes", "decision"):
+        here = [f"here/{i}" for i in range(-(-everyone // _BITS))]
+        for key in ("count", "votes", "decision", *here):
             store.delete(f"{number - 1}/{key}")
     saving = count // _SAVING
     if saving not in (0, everyone):
@@ -221,16 +261,16 @@ def vote(comm: Communicator, number: int, let_through: Poll) -> bytes:
     store, heart, key = comm.store, comm.heart, decision_key(number)
     if heart is None:
         return COMMIT
-    peers = [rank for rank in range(comm.world_size) if rank != comm.rank]
     votes = store.add(f"{number}/votes", 1)
     progress = looked = time.monotonic()
-    nap_s = 0.0002
+    nap_s, longest_nap_s = 0.0002, 0.02 * max(1.0, comm.world_size / 256)
+    watch = _Watch(comm, lambda: _peers(comm), comm.timeout_s / 4)
     while votes < comm.world_size:
         found = store.get(key)
         if found is not None:
             return found
         time.sleep(nap_s)
-        nap_s = min(nap_s * 1.3, 0.02)
+        nap_s = min(nap_s * 1.3, longest_nap_s)
         let_through()
         now = time.monotonic()
         if now - looked < heart.interval_s / 2:
@@ -239,11 +279,11 @@ def vote(comm: Communicator, number: int, let_through: Poll) -> bytes:
         seen = store.add(f"{number}/votes", 0)
         if seen > votes:
             votes, progress = seen, now
-        for rank in peers:
+        for rank in watch.due():
             if heart.silent_s(rank) > comm.timeout_s:
                 return end_attempt(comm, number, rank, f"was silent for {comm.timeout_s:g} s while others voted")
         if now - progress > comm.timeout_s:
-            late = [rank for rank in peers if store.get(f"voted/{rank}") != str(number).encode()]
+            late = [r for r in range(comm.world_size) if store.get(f"voted/{r}") != str(number).encode()]
             blamed = (late or [comm.rank])[0]
             return end_attempt(comm, number, blamed, f"had not voted {comm.timeout_s:g} s after the last vote")
     # Whoever sees the last vote may decide: its rank may have died since.

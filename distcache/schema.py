@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
 from distcache.errors import SchemaMismatch
 from distcache.strategies import Strategy, describe
 
@@ -125,25 +127,25 @@ def natural_order(key: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", key))]
 
 
-def union(schemas_by_rank: Sequence[Mapping[str, KeySchema]], content: Mapping[str, KeySchema]) -> dict[str, KeySchema]:
+def union(variants: Sequence[KeySchema], held: Tensor, content: Mapping[str, KeySchema]) -> dict[str, KeySchema]:
     """Every key that any rank holds, in key order; keys that only some ranks have are legal.
 
+    `variants`: every schema that a rank has, each once [N]; `held`: which ranks do, bool [W, N].
     Pure: every rank that has the same arguments gets the same result or the same `SchemaMismatch`.
     """
-    merged: dict[str, KeySchema] = {}
-    first_rank: dict[str, int] = {}
+    first_ranks = held.byte().argmax(0).tolist()  # of each variant
+    by_key: dict[str, list[tuple[int, KeySchema]]] = {}
+    for rank, schema in zip(first_ranks, variants, strict=True):
+        by_key.setdefault(schema.key, []).append((rank, schema))
     conflicts = []
-    for rank, schemas in enumerate(schemas_by_rank):
-        for key, schema in schemas.items():
-            if key not in merged:
-                merged[key], first_rank[key] = schema, rank
-            elif merged[key] != schema:
-                words = "; ".join(merged[key].explain_difference(schema))
-                conflicts.append((key, f"rank {first_rank[key]} against rank {rank}: {words}"))
-    for key in merged.keys() & content.keys():
-        if merged[key] != content[key]:
-            words = "; ".join(content[key].explain_difference(merged[key]))
-            conflicts.append((key, f"the content against rank {first_rank[key]}: {words}"))
+    for key, found in by_key.items():
+        (rank, schema), *others = sorted(found, key=lambda one: one[0])
+        for other_rank, other in others:
+            words = "; ".join(schema.explain_difference(other))
+            conflicts.append((key, f"rank {rank} against rank {other_rank}: {words}"))
+        if content.get(key, schema) != schema:
+            words = "; ".join(content[key].explain_difference(schema))
+            conflicts.append((key, f"the content against rank {rank}: {words}"))
     if conflicts:
         conflicts.sort()
         shown = "\n  ".join(f"{key!r}: {what}" for key, what in conflicts[:8])
@@ -153,4 +155,4 @@ def union(schemas_by_rank: Sequence[Mapping[str, KeySchema]], content: Mapping[s
             f"  {shown}{more}\nGive every rank the same register_aggregation calls and values of one shape, dtype "
             "and device type; nothing has moved and every delta is as it was."
         )
-    return {key: merged[key] for key in sorted(merged, key=natural_order)}
+    return {key: by_key[key][0][1] for key in sorted(by_key, key=natural_order)}

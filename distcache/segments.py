@@ -19,25 +19,31 @@ from torch import Tensor
 from distcache.codec import dtype_name, dtype_named
 from distcache.errors import SchemaMismatch
 from distcache.schema import DIGEST_MODULUS, FieldSchema, KeySchema, digest_of, strategy_facts
-from distcache.strategies import Fieldwise, Reduction, State
+from distcache.strategies import Field, Fieldwise, Gathered, Reduction, State
 
 RAGGED_STEP = 128  # capacities of ragged dims are multiples of it, so that ranks seldom differ
-FIRST_CHUNK_BYTES = 256 * 1024
+FIRST_CHUNK_BYTES = 4 * 1024 * 1024  # a collective each chunk: small caches should have one; untouched pages are free
 LARGEST_CHUNK_BYTES = 64 * 1024 * 1024
+
+# What collectives reduce on every backend. gloo refuses int16, uint16, uint32 and float8; NCCL takes a sum of bool for
+# a maximum; extremes of floats travel as integers of their size, which for 2 bytes gloo refuses.
+_REDUCIBLE = (torch.float32, torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64)
+_SUMS_TOO, _EXTREMES_TOO = (torch.float16, torch.bfloat16), (torch.bool,)
 
 
 class SegmentId(NamedTuple):
     """What fields must share to lie in one segment.
 
-    `centred` names the strategy whose states don't combine field by field (`Moments`): they stay apart, so
-    that every other segment is combined by one operation.
+    `apart` names the strategy whose states don't combine field by field (`Moments`, `TopK`): they stay apart, so that
+    every other segment is combined by one operation. `gathered`: they don't even reduce so, in rounds.
     """
 
     reduction: str
     dtype: str
     round: int
     device: str
-    centred: str
+    apart: str
+    gathered: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +158,16 @@ class Segment:
         twin.dtype, twin.identity, twin.device = self.dtype, self.identity, self.device
         twin.used, twin.holes = list(self.used), list(self.holes)
         with torch.inference_mode(False):
-            if spare is not None and spare.used == self.used:
+            if spare is not None and self.fits(spare):
                 twin.chunks = [chunk[:used].copy_(part) for chunk, used, part in zip(
                     spare.chunks, self.used, self.filled(), strict=True)]  # fmt: skip
             else:
                 twin.chunks = [part.clone() for part in self.filled()]
         return twin
+
+    def fits(self, spare: Segment | None) -> bool:
+        """Whether a copy may have the memory of `spare`."""
+        return spare is not None and spare.used == self.used and spare.device == self.device
 
     def blank(self) -> Segment:
         """A twin with the same room, which takes no memory before `clear`."""
@@ -190,7 +200,7 @@ class Arena:
         self.segments: dict[SegmentId, Segment] = {}
         self.content_digest = 0
         self._slots_digest = 0
-        self._centred_runs: list[tuple[str, int]] | None = None
+        self._apart_runs: list[tuple[str, int]] | None = None
 
     @property
     def layout_digest(self) -> int:
@@ -201,10 +211,10 @@ class Arena:
         """Empty all keys, and keep their room for the next time: one operation a chunk."""
         for segment in self.segments.values():
             segment.clear()
-        self.dormant.update(self.entries)
+        self.dormant = {**self.dormant, **self.entries} if self.dormant else self.entries
         self.entries = {}
         self.content_digest = self._slots_digest = 0
-        self._centred_runs = None
+        self._apart_runs = None
 
     def wake(self) -> None:
         """Hold all dormant keys again, with the identities that they have."""
@@ -260,6 +270,7 @@ class Arena:
         facts = strategy_facts(strategy)
         specs = []
         for f in strategy.layout(shapes):
+            check_reducible(keys[0], strategy, f, dtypes[f.name])
             shape = shapes[f.name]
             may_grow = strategy.ragged_dims(f.name, len(shape))
             fixed = tuple(None if grows else n for n, grows in zip(shape, may_grow, strict=True))
@@ -278,9 +289,10 @@ class Arena:
         device: torch.device,
     ) -> None:
         slots: list[dict[str, Slot]] = [{} for _ in schemas]
-        centred = type(strategy).__name__ if any(f.round for f in schemas[0].fields) else ""
+        gathered = isinstance(strategy, Gathered)
+        apart = type(strategy).__name__ if gathered or any(f.round for f in schemas[0].fields) else ""
         for f in schemas[0].fields:
-            segment_id = SegmentId(f.reduction, f.dtype, f.round, device.type, centred)
+            segment_id = SegmentId(f.reduction, f.dtype, f.round, device.type, apart, gathered)
             shape = capacities[f.name]
             numel = math.prod(shape)
             segment = self.segments.get(segment_id)
@@ -300,7 +312,7 @@ class Arena:
             self._count(old, -1)
         self.entries[key] = entry  # a key that grows keeps its place in the order
         self._count(entry, 1)
-        self._centred_runs = None
+        self._apart_runs = None
 
     def _count(self, entry: Entry, sign: int) -> None:
         self.content_digest = (self.content_digest + sign * entry.schema.digest) % DIGEST_MODULUS
@@ -314,7 +326,7 @@ class Arena:
         for other in entry.slab:
             if other != key:  # the slab has a hole now
                 self.entries[other] = replace(self.entries[other], slab=(other,))
-        self._centred_runs = None
+        self._apart_runs = None
 
     def _release(self, entry: Entry) -> None:
         for slot in entry.slots.values():
@@ -520,18 +532,20 @@ class Arena:
         if not self.entries and self.dormant and self.dormant_layout_digest == other.layout_digest:
             self.entries, self.dormant = {key: self.dormant[key] for key in other.entries}, {}
             self.content_digest, self._slots_digest = other.content_digest, other._slots_digest
+            self._apart_runs = None
         if not self.entries:
             self.__dict__.update(other.copy().__dict__)
             self.compact()
         elif self.lies_like(other):
-            self._fold_alike(other)
+            self.fold_alike(other)
         else:
             for keys in other.slabs():
                 self._fold_slab(other, keys)
 
-    def _fold_alike(self, other: Arena) -> None:
+    def fold_alike(self, other: Arena) -> None:
+        """Fold an arena of the same layout, as a copy has it."""
         for segment_id, segment in self.segments.items():
-            if not segment_id.centred:
+            if not segment_id.apart:
                 for mine, theirs in zip(segment.filled(), other.segments[segment_id].filled(), strict=True):
                     Reduction(segment_id.reduction).fold_(mine, theirs)
         for key, count in self._runs():
@@ -540,23 +554,36 @@ class Arena:
     def centred(self) -> Iterator[tuple[Fieldwise, State]]:
         """Strategies with states [K, …] that are reduced in rounds: views, as many together as lie side by side."""
         for key, count in self._runs():
-            yield self.entries[key].strategy, self._views(key, count)
+            if not isinstance(self.entries[key].strategy, Gathered):
+                yield self.entries[key].strategy, self._views(key, count)
+
+    def gathered(self) -> Arena:
+        """The states that combine as a whole, alone: an arena in this one's memory, whose copies it can fold."""
+        part = Arena()
+        part.segments = {segment_id: held for segment_id, held in self.segments.items() if segment_id.gathered}
+        if part.segments:
+            for entry in self.entries.values():
+                if isinstance(entry.strategy, Gathered):
+                    part._enter(entry)
+        return part
 
     def _runs(self) -> list[tuple[str, int]]:
-        """(first key, number of keys) of centred states that lie side by side, however they were allocated."""
-        if self._centred_runs is None:
+        """(first key, number of keys) of states of that kind that lie side by side, however they were allocated."""
+        if not any(segment_id.apart for segment_id in self.segments):
+            return []
+        if self._apart_runs is None:
             runs: list[tuple[str, int]] = []
             before: Entry | None = None
             for key, entry in self.entries.items():
-                if not any(f.round for f in entry.schema.fields):
+                if not next(iter(entry.slots.values())).segment.apart:
                     continue
                 if before is not None and before.precedes(entry):
                     runs[-1] = (runs[-1][0], runs[-1][1] + 1)
                 else:
                     runs.append((key, 1))
                 before = entry
-            self._centred_runs = runs
-        return self._centred_runs
+            self._apart_runs = runs
+        return self._apart_runs
 
     def _fold_slab(self, other: Arena, keys: tuple[str, ...]) -> None:
         new = [key for key in keys if key not in self.entries]
@@ -575,6 +602,17 @@ class Arena:
 def _on(state: State, where: State) -> State:
     """A state where another is; detached, or adding it would make the chunk a part of its graph."""
     return {name: tensor.detach().to(where[name].device) for name, tensor in state.items()}
+
+
+def check_reducible(key: str, strategy: Fieldwise, field: Field, dtype: torch.dtype) -> None:
+    """TypeError, naming key and field, for a dtype whose reduction some backend refuses or gets wrong."""
+    too = _SUMS_TOO if field.reduction is Reduction.SUM else _EXTREMES_TOO
+    if isinstance(strategy, Gathered) or dtype in (*_REDUCIBLE, *too):
+        return
+    raise TypeError(
+        f"cannot reduce {key!r}: {type(strategy).__name__} keeps its field {field.name!r} as {dtype_name(dtype)}, of "
+        f"which backends take no {field.reduction.value}. Keep it as float32, float64, int32 or int64."
+    )
 
 
 def fits(shape: Sequence[int], room: Sequence[int]) -> bool:

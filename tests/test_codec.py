@@ -93,13 +93,14 @@ def test_a_nan_keeps_its_payload(bits):
     [
         torch.arange(12.0).reshape(3, 4).T,
         torch.arange(12.0)[::2],
+        torch.arange(2.0).reshape(1, 2)[:, 0],
         torch.arange(3.0).expand(2, 3),
         torch.randn(2, dtype=torch.complex64).conj(),
         torch.randn(2, dtype=torch.complex64).conj().imag,
         torch.randn(2, requires_grad=True) * 2,
         nn.Parameter(torch.ones(2)),
     ],
-    ids=["transposed", "strided", "expanded", "conj", "neg", "with a graph", "parameter"],
+    ids=["transposed", "strided", "one of a column", "expanded", "conj", "neg", "with a graph", "parameter"],
 )
 def test_a_view_comes_back_as_the_values_it_shows(view):
     back = decode(encode(view))

@@ -482,7 +482,7 @@ def ended_by(rank: int, bad: int, where: str, how: int):
     if where == "door":  # it has said that it's there, and no more
 
         def arrive(party_comm, number, wait_s, what):
-            party_comm.store.set(f"here/{rank}", str(number).encode())
+            party_comm.store.add(f"{number}/here/0", 1 << rank)
             party_comm.store.add(f"{number}/count", 1)
             kill_self(how)
 
@@ -695,6 +695,7 @@ def lose_store(rank, world_size, path, when):
     if doubtful:
         with pytest.raises(dc.MergeInDoubt, match=r"call cache\.merge\(\) on every rank first"), cache.deferred_mode():
             cache.cat(local_of(5), index=[5])
+    dist.barrier()  # the other rank too has lost it by now
     if rank == 0:
         os.kill(server, signal.SIGCONT)
     dist.barrier()

@@ -29,9 +29,8 @@ from distcache.merge import (
     make_offer,
     new_delta,
 )
-from distcache.plan import Offer, make_plan
+from distcache.plan import Holdings, Offer, make_plan
 from distcache.protocol import as_error, end_attempt, leave_attempt
-from distcache.schema import union
 from distcache.strategies import Columns, Value
 
 RECORD = Record(0, 11, 22, 33, 2 * 4, 0, 0, 0)
@@ -171,11 +170,12 @@ def folded(*indices: int) -> dc.ActivationCache:
 def test_a_payload_unpacks_to_what_was_packed():
     delta = folded(3, 1)
     offer = make_offer(delta)
-    assert offer.rows == {"rows": (2, 0), "more": (2, 0)} and len(offer.tables) == 1  # one table for both keys
+    assert offer.num_rows.tolist() == [2, 2] and offer.table_of.tolist() == [0, 0]
+    assert len(offer.tables) == 1  # one for both keys
     schemas = delta._schemas()
-    holds = [schemas, {}]
-    full = Offer(offer.rows, offer.tables, offer.lists, {"mean": delta._arena.capacities("mean")})
-    plan = make_plan(union(holds, {}), holds, [full, Offer()], {})
+    held = torch.tensor([[True], [False]]).expand(-1, len(schemas))
+    holdings = Holdings(tuple(sorted(schemas)), held, torch.empty(0, dtype=torch.int64))
+    plan = make_plan(schemas, holdings, [offer, Offer()], {})
     (payload,) = plan.payloads
     buffer = torch.zeros(payload.nbytes, dtype=torch.uint8)
     merging.pack(delta, payload, buffer)

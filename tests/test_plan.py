@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distcache import codec
 from distcache.errors import SchemaMismatch
-from distcache.plan import ALIGNMENT, MergePlan, Offer, Table, buckets, make_plan, needed_bytes
+from distcache.plan import ALIGNMENT, Holdings, MergePlan, Offer, Table, buckets, make_plan, needed_bytes
 from distcache.schema import FieldSchema, KeySchema
 
 
@@ -32,54 +32,67 @@ def by_key(*schemas: KeySchema) -> dict[str, KeySchema]:
     return {schema.key: schema for schema in sorted(schemas, key=lambda schema: schema.key)}
 
 
-def rooms(*sizes: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    return {key: {"total": (size,), "count": ()} for key, size in zip("abc", sizes, strict=False)}
+def offer(rows=(), tables=(), lists=()) -> Offer:
+    """`rows`: (number, table) of each key in order; `lists`: (bytes, whether with an index)."""
+    num_rows, table_of = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    nbytes, indexed = torch.tensor(lists, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    return Offer(num_rows, table_of, tables, nbytes, indexed)
+
+
+def holding(*keys_by_rank: str, rooms: tuple[int, ...] | None = None) -> Holdings:
+    """Who holds which keys, each named by a letter."""
+    keys = tuple(sorted(set("".join(keys_by_rank))))
+    held = torch.tensor([[key in theirs for key in keys] for theirs in keys_by_rank]).reshape(len(keys_by_rank), -1)
+    return Holdings(keys, held, None if rooms is None else torch.tensor(rooms, dtype=torch.int64))
 
 
 TABLE = Table((("sample", "int64"), ("label", "int8")), 3, True)
 OFFERS = [
-    Offer(rows={"r": (3, 0), "s": (0, -1)}, tables=(TABLE,), lists={"l": (11, True)}, capacities=rooms(128, 128)),
-    Offer(rows={"r": (2, 0)}, tables=(dataclasses.replace(TABLE, num_rows=2),), capacities=rooms(256)),
+    offer([(3, 0), (0, -1)], (TABLE,), [(11, True)]),  # r, s; l
+    offer([(2, 0)], (dataclasses.replace(TABLE, num_rows=2),)),  # r
     Offer(),
 ]
-HOLDS = [
-    by_key(reduced("a"), reduced("b"), rows("r"), rows("s"), listed("l")),
-    by_key(reduced("a"), rows("r")),
-    {},
-]
+HOLDINGS = holding("abrsl", "ar", "", rooms=(256, 128))
 ALL = by_key(reduced("a"), reduced("b"), rows("r"), rows("s"), listed("l"))
 
 
 def plan() -> MergePlan:
-    return make_plan(ALL, HOLDS, OFFERS, {})
+    return make_plan(ALL, HOLDINGS, OFFERS, {})
+
+
+def told(found: MergePlan) -> list:
+    """All that a plan says, as plain values."""
+    sent = [(p.rank, p.device, p.nbytes, p.blocks) for p in found.payloads]
+    return [found.schemas, found.relaid, found.capacities, found.sole, found.kept, found.indexed, sent, found.tables]
 
 
 def test_every_rank_makes_the_same_plan_of_the_same_facts():
     """Offers travel as bytes: what arrives gives the plan that what was sent gives, on every rank."""
     arrived = [Offer.from_plain(codec.decode(codec.encode(offer.to_plain()))) for offer in OFFERS]
-    assert arrived == OFFERS
-    assert make_plan(ALL, HOLDS, arrived, {}) == plan()
+    assert told(make_plan(ALL, HOLDINGS, arrived, {})) == told(plan())
+    fewer = [*OFFERS[:1], offer([(1, 0)], (dataclasses.replace(TABLE, num_rows=1),)), Offer()]
+    assert told(make_plan(ALL, HOLDINGS, fewer, {})) != told(plan())
 
 
 def test_a_state_with_one_holder_is_sent_and_one_with_several_is_reduced():
     found = plan()
     assert found.relaid == ("a",)
     sent = [(p.rank, block.key, block.name) for p in found.payloads for block in p.blocks if block.kind == "field"]
-    assert sent == [(0, "b", "total"), (0, "b", "count")]
+    assert sent == [(0, "b", "total"), (0, "b", "count")] and found.sole == {"b": 0}
 
 
-def test_ragged_rooms_are_the_largest_that_any_holder_has():
+def test_ragged_dims_get_the_room_that_was_agreed_on():
     assert plan().capacities == {"a": {"total": (256,), "count": ()}, "b": {"total": (128,), "count": ()}}
 
 
 def test_where_layouts_agree_segments_go_as_they_are():
-    found = make_plan(by_key(reduced("a")), None, [Offer(), Offer()], {})
+    found = make_plan(by_key(reduced("a")), holding("", ""), [Offer(), Offer()], {})
     assert found.relaid is None and found.payloads == ()
     assert found.explain() == "merge of 1 keys: reduce segments as they are; send nothing"
 
 
 def test_a_group_of_one_sends_no_state():
-    found = make_plan(by_key(reduced("a")), [by_key(reduced("a"))], [Offer(capacities=rooms(128))], {})
+    found = make_plan(by_key(reduced("a")), holding("a", rooms=(128,)), [Offer()], {})
     assert found.relaid == ("a",) and found.payloads == ()
 
 
@@ -106,26 +119,27 @@ def test_blocks_of_a_payload_are_aligned_exact_and_side_by_side():
 
 
 def test_each_type_of_device_has_a_payload_of_its_own():
-    schemas = by_key(rows("on_gpu", device="cuda"), rows("on_cpu"))
-    found = make_plan(schemas, None, [Offer(rows={"on_cpu": (1, -1), "on_gpu": (2, -1)})], {})
+    schemas = by_key(rows("c"), rows("g", device="cuda"))
+    found = make_plan(schemas, holding("cg"), [offer([(1, -1), (2, -1)])], {})
     assert [(p.device, p.nbytes) for p in found.payloads] == [("cpu", 20), ("cuda", 40)]
 
 
 @pytest.mark.parametrize(
-    ("offers", "content", "words"),
+    ("held", "offers", "content", "words"),
     [
-        ([OFFERS[0], Offer(rows={"r": (1, -1)})], {}, "'r': rank 0 has values with an index, rank 1 without"),
-        ([Offer(lists={"l": (1, False)}), OFFERS[0]], {}, "'l': rank 1 has values with an index, rank 0 without"),
-        ([Offer(), OFFERS[1]], {"r": False}, "'r': rank 1 has values with an index, the content without"),
+        (("rsl", "r"), [OFFERS[0], offer([(1, -1)])], {}, "'r': rank 0 has values with an index, rank 1 without"),
+        (("l", "rsl"), [offer(lists=[(1, False)]), OFFERS[0]], {}, "'l': rank 1 has values with an index, rank 0 with"),
+        (("", "r"), [Offer(), OFFERS[1]], {"r": False}, "'r': rank 1 has values with an index, the content without"),
     ],
 )
-def test_values_with_an_index_and_without_do_not_mix_on_one_key(offers, content, words):
+def test_values_with_an_index_and_without_do_not_mix_on_one_key(held, offers, content, words):
     with pytest.raises(SchemaMismatch, match=words):
-        make_plan(ALL, None, offers, content)
+        make_plan(ALL, holding(*held), offers, content)
 
 
 def test_a_rank_without_rows_has_no_say_about_the_index():
-    make_plan(ALL, None, [OFFERS[0], Offer(rows={"r": (0, -1)})], {"r": True})
+    found = make_plan(ALL, holding("rsl", "r"), [OFFERS[0], offer([(0, -1)])], {"r": True, "elsewhere": False})
+    assert found.indexed == {"r": True, "l": True, "elsewhere": False}
 
 
 def test_the_bytes_a_merge_takes_are_known_to_all_before_it_takes_them():
@@ -138,7 +152,7 @@ def test_the_bytes_a_merge_takes_are_known_to_all_before_it_takes_them():
     ] * 3
     onto_1 = [needed_bytes(found, rank, "cpu", 1, 0, 100) for rank in range(3)]
     assert onto_1 == [sent[0] + scratch, sum(sent) + scratch + state + 100, scratch]
-    as_it_is = make_plan(by_key(reduced("a")), None, [Offer(), Offer()], {})
+    as_it_is = make_plan(by_key(reduced("a")), holding("", ""), [Offer(), Offer()], {})
     assert needed_bytes(as_it_is, 0, "cpu", None, 4096, 0) == 4096
     assert needed_bytes(found, 0, "cuda", None, 0, 0) == 0
 

@@ -16,6 +16,7 @@ from distcache.strategies.base import (
     Columns,
     Field,
     Fieldwise,
+    Gathered,
     Listwise,
     Reduction,
     Rowwise,
@@ -24,10 +25,13 @@ from distcache.strategies.base import (
     Value,
     Weighted,
 )
+from distcache.strategies.covariance import Covariance
+from distcache.strategies.histogram import Histogram
 from distcache.strategies.lists import Default, Extend, First, Function, default_aggregation
 from distcache.strategies.pattern import AveragePattern
 from distcache.strategies.reductions import Max, Mean, Min, Moments, Sum
 from distcache.strategies.rows import Cat, Piece, Rows, Stack
+from distcache.strategies.topk import TopK
 
 _BY_NAME: dict[str, type[Strategy]] = {
     "cat": Cat,
@@ -37,6 +41,9 @@ _BY_NAME: dict[str, type[Strategy]] = {
     "moments": Moments,
     "max": Max,
     "min": Min,
+    "covariance": Covariance,
+    "histogram": Histogram,
+    "topk": TopK,
     "first": First,
     "extend": Extend,
     "average_pattern": AveragePattern,
@@ -72,12 +79,19 @@ def as_strategy(strategy: Strategy | str | Callable[[list[Any]], Any]) -> Strate
     if isinstance(strategy, str):
         if strategy not in _BY_NAME:
             raise ValueError(f"unknown strategy {strategy!r}: expected one of {', '.join(sorted(_BY_NAME))}.")
-        return _BY_NAME[strategy]()
+        strategy = _BY_NAME[strategy]
     if isinstance(strategy, type) and issubclass(strategy, Strategy):
+        needed = [f.name for f in dataclasses.fields(strategy) if _is_needed(f)]  # type: ignore[arg-type]
+        if needed:
+            raise ValueError(f"{strategy.__name__} needs its parameters: {strategy.__name__}({', '.join(needed)}).")
         return strategy()
     if callable(strategy):
         return Function(strategy)
     raise TypeError(f"expected a strategy, its name or a function of a list, got {type(strategy).__name__}.")
+
+
+def _is_needed(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def describe(strategy: Strategy) -> dict[str, Any]:
@@ -123,12 +137,15 @@ __all__ = [
     "AveragePattern",
     "Cat",
     "Columns",
+    "Covariance",
     "Default",
     "Extend",
     "Field",
     "Fieldwise",
     "First",
     "Function",
+    "Gathered",
+    "Histogram",
     "Listwise",
     "Max",
     "Mean",
@@ -142,6 +159,7 @@ __all__ = [
     "State",
     "Strategy",
     "Sum",
+    "TopK",
     "Value",
     "Weighted",
     "as_strategy",

@@ -1,8 +1,9 @@
 """What a strategy is: how the values of one key become a state, how states combine, what a state says.
 
-Three abstract kinds, by what their state is and so by how it crosses the cluster:
+Abstract kinds, by what their state is and so by how it crosses the cluster:
 
     Fieldwise   a few tensors of a fixed shape, each with a reduction: one all_reduce per segment
+    Gathered    the same, but combined as a whole: a segment is sent from rank to rank along a tree, and folded
     Rowwise     rows that are kept: exactly their bytes move
     Listwise    whole values that are kept, as a list: their encoded bytes move
 
@@ -26,7 +27,7 @@ State = dict[str, Tensor]
 
 
 class Reduction(enum.Enum):
-    """How one field of a state combines, element by element."""
+    """How one field of a state combines, element by element; of a `Gathered` one, only what an idle rank holds."""
 
     SUM = "sum"
     MAX = "max"
@@ -61,7 +62,7 @@ class Field:
     """One tensor of a state.
 
     `round`: fields of round 1 are reduced after those of round 0, so that they can be re-centred on what
-    round 0 gave (`Fieldwise.recentre`).
+    round 0 gave (`Fieldwise.recentre_`).
     """
 
     name: str
@@ -110,9 +111,13 @@ class Weighted:
 
 
 class Strategy(abc.ABC):
-    """How values of one key become one. Subclasses are frozen dataclasses: their parameters are their identity."""
+    """How values of one key become one. Subclasses are frozen dataclasses: their parameters are their identity.
+
+    `needs_index`: values must say which samples of the data set they are; `take` raises where they don't.
+    """
 
     dim: int | Literal["auto"]
+    needs_index = False
 
     @abc.abstractmethod
     def take(self, value: Value) -> Any:
@@ -252,11 +257,11 @@ class Fieldwise(Strategy):
             mine, theirs = into[field.name], other[field.name]
             field.reduction.fold_(mine if mine.shape == theirs.shape else mine[corner(theirs.shape)], theirs)
 
-    def recentre(self, local: State, merged: State) -> State:
-        """Round-1 fields of `local`, moved to the centre that the merged round-0 fields give.
+    def recentre_(self, local: State, merged: State) -> None:
+        """Move the round-1 fields of `local`, in place, to the centre that the round-0 fields of `merged` give.
 
-        Arithmetic that broadcasts, so that many states of one shape are done at once: leading dims of both
-        are [K, …]. Only strategies with round-1 fields need it.
+        Many states of one shape are done at once: leading dims of both are [K, …]. What `merged` has in round-1
+        fields means nothing. Only strategies with round-1 fields need it.
         """
         raise NotImplementedError
 
@@ -275,6 +280,20 @@ class Fieldwise(Strategy):
         if torch.float64 in (given, self.accumulate):
             return torch.float64
         return torch.float32
+
+
+class Gathered(Fieldwise):
+    """A state of a few tensors of a fixed shape and any dtype that combine as a whole, as the best of all do.
+
+    To write one: a frozen dataclass with `fields`, `lift` (or `take`), `fold_` and `finalize`. A field's reduction
+    names the identity that an idle rank holds and nothing more. `fold_` says how states combine, in place: of many
+    keys at once, with leading dims [K, …] on every field, of what it is given in any order and grouping alike, and
+    identities change nothing. Merging takes a send of every state along a tree of ranks, log2 of their number deep,
+    each end of it folded by `fold_`, where a `Fieldwise` takes one all_reduce.
+    """
+
+    @abc.abstractmethod
+    def fold_(self, into: State, other: State) -> None: ...
 
 
 class Rowwise(Strategy):

@@ -185,10 +185,10 @@ class Moments(_Reducing):
             if name != "m2":
                 mine[name].add_(other[name])
 
-    def recentre(self, local: State, merged: State) -> State:
+    def recentre_(self, local: State, merged: State) -> None:
         n = _mass(local)
         off = _mean(local["total"], n) - _mean(merged["total"], _mass(merged))
-        return {"m2": local["m2"] + n * off * off}
+        local["m2"].addcmul_(n * off, off)
 
     def finalize(self, state: State) -> dict[str, Tensor]:
         n = _mass(state)
