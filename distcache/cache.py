@@ -41,6 +41,7 @@ from distcache.strategies import (
     Default,
     Fieldwise,
     Function,
+    Gathered,
     Piece,
     Rows,
     State,
@@ -410,7 +411,8 @@ class ActivationCache:
                 state = self._arena.state(key)
                 fields = tuple(f"{f.name} {f.reduction}" for f in held.schema.fields)
                 nbytes = sum(t.nbytes for t in state.values())
-                found[key] = Explained(repr(held.strategy), fields, "all_reduce", held.schema.fields[0].dtype, nbytes)
+                collective = "sends along a tree" if isinstance(held.strategy, Gathered) else "all_reduce"
+                found[key] = Explained(repr(held.strategy), fields, collective, held.schema.fields[0].dtype, nbytes)
             elif isinstance(entry, KeptEntry):
                 rows = isinstance(entry.state, Rows)
                 tensors = [p.value_n for p in entry.state.pieces] if rows else leaves([v.data for v in entry.state])

@@ -24,9 +24,12 @@ from torch.utils.data import (
 
 from distcache.comm import StoreLost
 from distcache.distributed import DistributedCache
+from distcache.errors import TooLarge
 from distcache.hooks import record
+from distcache.memory import available_bytes, human
 from distcache.schema import digest_of
 from distcache.sites import Sites
+from distcache.strategies import Rows
 
 log = logging.getLogger("distcache")
 
@@ -69,7 +72,8 @@ def collect(
         cache: accumulate here; by default in a new `DistributedCache()`, which all ranks make.
         progress: whether rank 0 says how many samples the cluster has done.
 
-    Raises what `record` and `DistributedCache.deferred_mode` raise; TypeError where `data` has no length.
+    Raises what `record` and `DistributedCache.deferred_mode` raise; `TooLarge` after the first batch if the rows that
+    are kept would not fit (see `foresee`); TypeError where `data` has no length.
     """
     if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
         raise TypeError(
@@ -89,7 +93,7 @@ def collect(
         record(model, sites, into=cache) as rec,
         torch.no_grad(),
     ):
-        for start in starts:
+        for number, start in enumerate(starts):
             index = range(start, min(start + batch_size, len(data)))
             samples = [data[i] for i in index]
             beside = {name: _column(name, [sample[name] for sample in samples]) for name in columns}
@@ -97,9 +101,36 @@ def collect(
                 samples = [{k: v for k, v in sample.items() if k not in columns} for sample in samples]
             rec.next(index=index, **beside)
             forward(model, collate(samples))
+            if number == 0:
+                foresee(cache, len(index), len(data))
             done(len(index))
         done(0)
     return cache
+
+
+def foresee(cache: DistributedCache, num_samples: int, total: int) -> None:
+    """Tell early whether the rows that are kept will fit, from those of the first samples: this rank's share of the
+    data set until the merge, and after it everything, where the content is held.
+
+    It's an estimate, as texts differ in length: `TooLarge` where it's twice what is free, a warning where it's more.
+    """
+    tensors = [piece.value_n for entry in cache._held.delta._kept().values() if isinstance(entry.state, Rows)
+               for piece in entry.state.pieces]  # fmt: skip
+    held = cache._comm.world_size if cache.dst is None else 1
+    copies = len(cache._comm.colocated) / cache.world_size + min(held, len(cache._comm.colocated))
+    for device in {tensor.device for tensor in tensors}:
+        kept = sum(tensor.nbytes for tensor in tensors if tensor.device == device)
+        need = kept / num_samples * total * (copies if device.type == "cpu" else 2)
+        free = available_bytes(device)
+        if need > free:
+            words = (
+                f"the rows of {total} samples will need about {human(need)} on {device}, {human(free)} are free. Keep "
+                "fewer tokens (Site(tokens='last')) or layers, reduce at the site (reduce=dc.Mean()), or hold the "
+                "result on one rank: DistributedCache(dst=0)."
+            )
+            if need > 2 * free:
+                raise TooLarge(words)
+            log.warning(words)
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:

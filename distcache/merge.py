@@ -204,19 +204,21 @@ def agree(party: Party) -> tuple[MergePlan, list[Offer], list[Record]]:
         blobs = comm.gather_bytes(blob, [record.blob_nbytes for record in records], poll)
         offers = [Offer.from_plain(codec.decode(theirs)) if theirs else Offer() for theirs in blobs]
     brought = agreed(records, facts.usual_digest)
-    busy = torch.tensor([[record.content_digest != 0] for record in records])
-    if brought is not None and brought == facts.usual_digest:
-        holdings = Holdings(facts.usual_kept, busy.expand(-1, len(facts.usual_kept)))
-        return make_plan(facts.schemas, holdings, offers, facts.indexed), offers, records
-    schemas = delta._schemas()
-    assert len(schemas) == len(delta)  # whatever else it held would be lost
-    if brought is not None:
-        kept = tuple(sorted(delta._kept()))
-        schemas = union(list(schemas.values()), busy.expand(-1, len(schemas)), facts.schemas)
-        return make_plan(schemas, Holdings(kept, busy.expand(-1, len(kept))), offers, facts.indexed), offers, records
-    variants, held_by, rooms = _exchange_schemas(party, schemas, records)
-    schemas = union(variants, held_by, facts.schemas)
-    holdings = Holdings(tuple(schema.key for schema in variants), held_by, rooms)
+    if brought is None:
+        own = delta._schemas()
+        assert len(own) == len(delta)  # whatever else it held would be lost
+        variants, who, rooms = _exchange_schemas(party, own, records)
+        schemas: Mapping[str, KeySchema] = union(variants, who, facts.schemas)
+        holdings = Holdings(tuple(schema.key for schema in variants), who, rooms)
+    else:
+        schemas, kept = facts.schemas, facts.usual_kept
+        busy = np.array([[record.content_digest != 0] for record in records])
+        if brought != facts.usual_digest:
+            own = delta._schemas()
+            assert len(own) == len(delta)
+            schemas = union(list(own.values()), busy.repeat(len(own), 1), facts.schemas)
+            kept = tuple(sorted(delta._kept()))
+        holdings = Holdings(kept, busy.repeat(len(kept), 1))
     return make_plan(schemas, holdings, offers, facts.indexed), offers, records
 
 
@@ -279,7 +281,7 @@ def _settle(party: Party, records: Sequence[Record]) -> None:
 
 def _exchange_schemas(
     party: Party, schemas: Mapping[str, KeySchema], records: Sequence[Record]
-) -> tuple[list[KeySchema], Tensor, Tensor]:
+) -> tuple[list[KeySchema], np.ndarray, np.ndarray]:
     """Every schema that a rank has, sorted by key [N]; which ranks do, bool [W, N]; the rooms (`Holdings.rooms`).
 
     Ranks of one content digest hold the same, so the first of them speaks for all. What most ranks hold is sent whole;
@@ -308,22 +310,20 @@ def _exchange_schemas(
             new = [numbers.setdefault(KeySchema.from_facts(facts), len(numbers)) for facts in more]
             holds[rank] = [*np.flatnonzero(has).tolist(), *new]
     variants = sorted(numbers, key=lambda schema: schema.key)  # stable
-    held = torch.zeros(comm.world_size, len(numbers), dtype=torch.bool)
+    held = np.zeros((comm.world_size, len(numbers)), dtype=bool)
     for ranks in alike.values():
-        row = torch.zeros(len(numbers), dtype=torch.bool)
-        row[holds[ranks[0]]] = True
-        held[ranks] = row
+        held[np.ix_(ranks, holds[ranks[0]])] = True
     held = held[:, [numbers[schema] for schema in variants]]
     return variants, held, _exchange_rooms(party, mine, variants, held, records)
 
 
 def _exchange_rooms(
-    party: Party, mine: Sequence[KeySchema], variants: Sequence[KeySchema], held: Tensor, records: Sequence[Record]
-) -> Tensor:
+    party: Party, mine: Sequence[KeySchema], variants: Sequence[KeySchema], held: np.ndarray, records: Sequence[Record]
+) -> np.ndarray:
     """The largest room that any rank has in every ragged dim, int64 [E]: where ranks lie alike, one speaks for all."""
     comm, arena = party.comm, party.held.delta._arena
     places = [i for i, schema in enumerate(variants) for _ in range(num_ragged(schema))]
-    rooms = torch.zeros(len(places), dtype=torch.int64)
+    rooms = np.zeros(len(places), dtype=np.int64)
     if not places:
         return rooms
     first: dict[tuple[int, int], int] = {}
@@ -341,8 +341,7 @@ def _exchange_rooms(
     blob = np.array(own, dtype="<i8").tobytes() if comm.rank in theirs else b""
     for rank, told in enumerate(comm.gather_bytes(blob, sizes, poll_decision(comm))):
         if told:
-            known = torch.from_numpy(np.frombuffer(told, dtype="<i8").copy())
-            rooms[theirs[rank]] = torch.maximum(rooms[theirs[rank]], known)
+            rooms[theirs[rank]] = np.maximum(rooms[theirs[rank]], np.frombuffer(told, dtype="<i8"))
     return rooms
 
 
@@ -393,8 +392,8 @@ def make_offer(delta: ActivationCache) -> Offer:
                 tables.append(_table_of(pieces))
             number = numbers[identity]
         rows.append((sum(len(piece.value_n) for piece in pieces), number))
-    num_rows, table_of = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    nbytes, indexed = torch.tensor(lists, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    num_rows, table_of = np.array(rows, dtype=np.int64).reshape(-1, 2).T
+    nbytes, indexed = np.array(lists, dtype=np.int64).reshape(-1, 2).T
     ledger = tuple(delta._ledger.to_plain())
     return Offer(num_rows, table_of, tuple(tables), nbytes, indexed, ledger, dict(delta._notes))
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from distcache.codec import dtype_named
 from distcache.errors import SchemaMismatch
@@ -21,8 +21,8 @@ from distcache.schema import KeySchema
 ALIGNMENT = 16  # bytes; every block can be viewed as its dtype
 
 
-def _no_keys() -> Tensor:
-    return torch.empty(0, dtype=torch.int64)
+def _no_keys() -> np.ndarray:
+    return np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Offer:
     [L]: of its lists, encoded, and whether (0 or 1) their values carry the samples' indices.
     """
 
-    num_rows: Tensor = field(default_factory=_no_keys)
-    table_of: Tensor = field(default_factory=_no_keys)
+    num_rows: np.ndarray = field(default_factory=_no_keys)
+    table_of: np.ndarray = field(default_factory=_no_keys)
     tables: tuple[Table, ...] = ()
-    list_nbytes: Tensor = field(default_factory=_no_keys)
-    list_indexed: Tensor = field(default_factory=_no_keys)
+    list_nbytes: np.ndarray = field(default_factory=_no_keys)
+    list_indexed: np.ndarray = field(default_factory=_no_keys)
     ledger: tuple[Any, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
@@ -56,11 +56,11 @@ class Offer:
 
     def to_plain(self) -> list[Any]:
         return [
-            self.num_rows,
-            self.table_of,
+            torch.from_numpy(self.num_rows),
+            torch.from_numpy(self.table_of),
             [[[list(column) for column in t.columns], t.num_rows, t.indexed] for t in self.tables],
-            self.list_nbytes,
-            self.list_indexed,
+            torch.from_numpy(self.list_nbytes),
+            torch.from_numpy(self.list_indexed),
             list(self.ledger),
             dict(self.notes),
         ]
@@ -69,7 +69,8 @@ class Offer:
     def from_plain(cls, plain: Sequence[Any]) -> Offer:
         num_rows, table_of, tables, list_nbytes, list_indexed, ledger, notes = plain
         named = tuple(Table(tuple((c[0], c[1]) for c in columns), n, indexed) for columns, n, indexed in tables)
-        return cls(num_rows, table_of, named, list_nbytes, list_indexed, tuple(ledger), notes)
+        lists = (list_nbytes.numpy(), list_indexed.numpy())
+        return cls(num_rows.numpy(), table_of.numpy(), named, *lists, tuple(ledger), notes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,8 +82,8 @@ class Holdings:
     """
 
     keys: tuple[str, ...]
-    held: Tensor
-    rooms: Tensor | None = None
+    held: np.ndarray
+    rooms: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +124,17 @@ class _Part:
     """Blocks of one kind and device, [n]: which of `items`, rows (of a field: 1), bytes, number of the table or -1."""
 
     items: Sequence[_Item]
-    which: Tensor
-    num_rows: Tensor
-    nbytes: Tensor
-    table_of: Tensor
+    which: np.ndarray
+    num_rows: np.ndarray
+    nbytes: np.ndarray
+    table_of: np.ndarray
 
     @classmethod
     def of(cls, items: Sequence[_Item], num_rows: Sequence[int], table_of: Sequence[int]) -> _Part:
         """All of some items."""
-        rows = torch.tensor(num_rows)
-        return cls(
-            items,
-            torch.arange(len(items)),
-            rows,
-            rows * torch.tensor([i.nbytes for i in items]),
-            torch.tensor(table_of),
-        )
+        rows = np.array(num_rows)
+        nbytes = rows * np.array([item.nbytes for item in items])
+        return cls(items, np.arange(len(items)), rows, nbytes, np.array(table_of))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,13 +206,13 @@ def make_plan(
         fields.setdefault(rank, []).extend(items)
     payloads: list[Payload] = []
     for rank, offer in enumerate(offers):
-        table_indexed = torch.tensor([*(table.indexed for table in offer.tables), False])  # of table -1: the last
+        table_indexed = np.array([*(table.indexed for table in offer.tables), False])  # of table -1: the last
         rows.check_indexed(rank, offer.num_rows > 0, table_indexed[offer.table_of])
         lists.check_indexed(rank, offer.list_nbytes >= 0, offer.list_indexed > 0)
         parts = [
             *rows.parts(rank, offer.num_rows, offer.table_of),
             *_columns(offer.tables),
-            *lists.parts(rank, offer.list_nbytes, torch.full_like(offer.list_nbytes, -1)),
+            *lists.parts(rank, offer.list_nbytes, np.full_like(offer.list_nbytes, -1)),
             *_states(fields.get(rank, ())),
         ]
         payloads.extend(_payloads(rank, parts))
@@ -252,7 +248,7 @@ def _fields(
         by_key[key] = {f.name: tuple(next(rooms) if n is None else n for n in f.shape) for f in schemas[key].fields}
     alone = len(holdings.held) == 1
     holders = dict(zip(holdings.keys, holdings.held.sum(0).tolist(), strict=True))
-    first = dict(zip(holdings.keys, holdings.held.byte().argmax(0).tolist(), strict=True))
+    first = dict(zip(holdings.keys, holdings.held.argmax(0).tolist(), strict=True))
     for key, schema in schemas.items():
         if schema.kind == "fields" and key in by_key:
             capacities[key] = by_key[key]
@@ -273,29 +269,28 @@ class _Kept:
         self.keys = [holdings.keys[i] for i in places]
         found = [schemas[key] for key in self.keys]
         self._items = [_Item(s.device, kind, s.key, "", s.dtype or "uint8", s.row_shape or ()) for s in found]
-        self._nbytes = torch.tensor([item.nbytes for item in self._items], dtype=torch.int64)
-        self._on = {
-            d: torch.tensor([i.device == d for i in self._items]) for d in sorted({i.device for i in self._items})
-        }
-        self._places = [held.nonzero().flatten() for held in holdings.held[:, places]]  # by rank
+        self._nbytes = np.array([item.nbytes for item in self._items], dtype=np.int64)
+        devices = np.array([item.device for item in self._items])
+        self._on = {device: devices == device for device in np.unique(devices).tolist()}
+        self._places = [held.nonzero()[0] for held in holdings.held[:, places]]  # by rank
         # Whether values carry the samples' indices, -1 where there are none yet; who brought the first, -1 the content.
-        self._flags = torch.tensor([int(content_indexed.get(key, -1)) for key in self.keys], dtype=torch.int64)
-        self._who = torch.full_like(self._flags, -1)
+        self._flags = np.array([content_indexed.get(key, -1) for key in self.keys], dtype=np.int64)
+        self._who = np.full_like(self._flags, -1)
 
-    def parts(self, rank: int, num_rows: Tensor, table_of: Tensor) -> Iterator[_Part]:
+    def parts(self, rank: int, num_rows: np.ndarray, table_of: np.ndarray) -> Iterator[_Part]:
         """What a rank sends of these keys, by type of device."""
         which = self._places[rank]
         assert len(which) == len(num_rows) == len(table_of)
         nbytes = num_rows * self._nbytes[which]
         for there in self._on.values():
-            some = there[which]
+            some = there[which] if len(self._on) > 1 else slice(None)
             yield _Part(self._items, which[some], num_rows[some], nbytes[some], table_of[some])
 
-    def check_indexed(self, rank: int, some: Tensor, indexed: Tensor) -> None:
+    def check_indexed(self, rank: int, some: np.ndarray, indexed: np.ndarray) -> None:
         """`SchemaMismatch` unless this rank's values, of keys of which it has `some`, are as those that came before."""
-        places, flags = self._places[rank], indexed.to(torch.int64)
+        places, flags = self._places[rank], indexed.astype(np.int64)
         known = self._flags[places]
-        odd = (some & (known >= 0) & (known != flags)).nonzero()
+        odd = (some & (known >= 0) & (known != flags)).nonzero()[0]
         if len(odd):
             place = int(places[odd[0]])
             first = int(self._who[place])
@@ -332,7 +327,7 @@ def _payloads(rank: int, parts: Sequence[_Part]) -> Iterator[Payload]:
         if len(part.which):
             by_device.setdefault(part.items[int(part.which[0])].device, []).append(part)
     for device, found in sorted(by_device.items()):
-        nbytes = torch.cat([part.nbytes for part in found])
+        nbytes = np.concatenate([part.nbytes for part in found])
         padded = -(-nbytes // ALIGNMENT) * ALIGNMENT
         yield Payload(rank, device, int(padded[:-1].sum() + nbytes[-1]), tuple(found))
 

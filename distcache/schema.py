@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
+import numpy as np
 
 from distcache.errors import SchemaMismatch
 from distcache.strategies import Strategy, describe
@@ -127,13 +127,13 @@ def natural_order(key: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", key))]
 
 
-def union(variants: Sequence[KeySchema], held: Tensor, content: Mapping[str, KeySchema]) -> dict[str, KeySchema]:
+def union(variants: Sequence[KeySchema], held: np.ndarray, content: Mapping[str, KeySchema]) -> dict[str, KeySchema]:
     """Every key that any rank holds, in key order; keys that only some ranks have are legal.
 
     `variants`: every schema that a rank has, each once [N]; `held`: which ranks do, bool [W, N].
     Pure: every rank that has the same arguments gets the same result or the same `SchemaMismatch`.
     """
-    first_ranks = held.byte().argmax(0).tolist()  # of each variant
+    first_ranks = held.argmax(0).tolist()  # of each variant
     by_key: dict[str, list[tuple[int, KeySchema]]] = {}
     for rank, schema in zip(first_ranks, variants, strict=True):
         by_key.setdefault(schema.key, []).append((rank, schema))

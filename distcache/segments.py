@@ -34,8 +34,9 @@ _SUMS_TOO, _EXTREMES_TOO = (torch.float16, torch.bfloat16), (torch.bool,)
 class SegmentId(NamedTuple):
     """What fields must share to lie in one segment.
 
-    `apart` names the strategy whose states don't combine field by field (`Moments`, `TopK`): they stay apart, so that
-    every other segment is combined by one operation. `gathered`: they don't even reduce so, in rounds.
+    `apart` names strategy and field where states don't combine field by field (`Moments`, `TopK`): they stay apart, so
+    that every other segment is combined by one operation, and field from field, so that those of many keys lie side by
+    side. `gathered`: they don't even reduce field by field, in rounds.
     """
 
     reduction: str
@@ -290,8 +291,9 @@ class Arena:
     ) -> None:
         slots: list[dict[str, Slot]] = [{} for _ in schemas]
         gathered = isinstance(strategy, Gathered)
-        apart = type(strategy).__name__ if gathered or any(f.round for f in schemas[0].fields) else ""
+        whole = gathered or any(f.round for f in schemas[0].fields)
         for f in schemas[0].fields:
+            apart = f"{type(strategy).__name__}.{f.name}" if whole else ""
             segment_id = SegmentId(f.reduction, f.dtype, f.round, device.type, apart, gathered)
             shape = capacities[f.name]
             numel = math.prod(shape)

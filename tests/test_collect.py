@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 
 import pytest
 import torch
@@ -234,6 +235,28 @@ def test_what_collect_can_not_use_is_named():
         dc.collect(tiny_llama(), iter(TEXTS), "resid_out", batch_size=1)
     with pytest.raises(ValueError, match="batch_size is at least 1, got 0"):
         dc.collect(tiny_llama(), TEXTS, "resid_out", batch_size=0)
+
+
+def test_rows_that_will_not_fit_are_refused_after_the_first_batch(monkeypatch, caplog):
+    passes = []
+
+    def forward(model, batch):
+        passes.append(len(batch["input_ids"]))
+        return model(**batch)
+
+    def run(free):
+        monkeypatch.setattr(sys.modules[dc.collect.__module__], "available_bytes", lambda device: free)
+        site = dc.Site("resid_out", tokens="last")
+        return dc.collect(tiny_llama(), TEXTS, site, batch_size=2, forward=forward, progress=False)
+
+    need = 2 * NUM_SAMPLES * 2 * 32 * 4  # the delta and the content, of 2 layers of 32 floats
+    with pytest.raises(dc.TooLarge, match=rf"11 samples will need about {need / 1000:.1f} kB .*Keep fewer tokens"):
+        run(need // 2 - 1)
+    assert passes == [2]
+    assert len(run(need - 1)) == 2 and "will need about" in caplog.text
+    caplog.clear()
+    run(need)
+    assert not caplog.text
 
 
 def test_progress_counts_the_samples_of_all_ranks(ranks):

@@ -6,6 +6,7 @@ import json
 import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -173,8 +174,8 @@ def test_a_payload_unpacks_to_what_was_packed():
     assert offer.num_rows.tolist() == [2, 2] and offer.table_of.tolist() == [0, 0]
     assert len(offer.tables) == 1  # one for both keys
     schemas = delta._schemas()
-    held = torch.tensor([[True], [False]]).expand(-1, len(schemas))
-    holdings = Holdings(tuple(sorted(schemas)), held, torch.empty(0, dtype=torch.int64))
+    held = np.array([[True] * len(schemas), [False] * len(schemas)])
+    holdings = Holdings(tuple(sorted(schemas)), held, np.empty(0, dtype=np.int64))
     plan = make_plan(schemas, holdings, [offer, Offer()], {})
     (payload,) = plan.payloads
     buffer = torch.zeros(payload.nbytes, dtype=torch.uint8)

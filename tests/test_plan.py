@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -34,16 +35,16 @@ def by_key(*schemas: KeySchema) -> dict[str, KeySchema]:
 
 def offer(rows=(), tables=(), lists=()) -> Offer:
     """`rows`: (number, table) of each key in order; `lists`: (bytes, whether with an index)."""
-    num_rows, table_of = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    nbytes, indexed = torch.tensor(lists, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    num_rows, table_of = np.array(rows, dtype=np.int64).reshape(-1, 2).T
+    nbytes, indexed = np.array(lists, dtype=np.int64).reshape(-1, 2).T
     return Offer(num_rows, table_of, tables, nbytes, indexed)
 
 
 def holding(*keys_by_rank: str, rooms: tuple[int, ...] | None = None) -> Holdings:
     """Who holds which keys, each named by a letter."""
     keys = tuple(sorted(set("".join(keys_by_rank))))
-    held = torch.tensor([[key in theirs for key in keys] for theirs in keys_by_rank]).reshape(len(keys_by_rank), -1)
-    return Holdings(keys, held, None if rooms is None else torch.tensor(rooms, dtype=torch.int64))
+    held = np.array([[key in theirs for key in keys] for theirs in keys_by_rank]).reshape(len(keys_by_rank), -1)
+    return Holdings(keys, held, None if rooms is None else np.array(rooms))
 
 
 TABLE = Table((("sample", "int64"), ("label", "int8")), 3, True)

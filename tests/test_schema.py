@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,7 +86,7 @@ def joined(by_rank, content):
     """The union of what ranks hold, given by rank and key."""
     variants = list(dict.fromkeys(schema for schemas in by_rank for schema in schemas.values()))
     held = [[schemas.get(schema.key) == schema for schema in variants] for schemas in by_rank]
-    return union(variants, torch.tensor(held).reshape(len(by_rank), -1), content)
+    return union(variants, np.array(held, dtype=bool).reshape(len(by_rank), -1), content)
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distcache import segments
 from distcache.errors import SchemaMismatch
 from distcache.segments import Arena, capacity, fits
-from distcache.strategies import AveragePattern, Max, Mean, Moments, Sum, Value
+from distcache.strategies import AveragePattern, Columns, Covariance, Max, Mean, Moments, Sum, TopK, Value
+
+ONE = Columns({"sample": torch.zeros(1, dtype=torch.int64), "position": torch.zeros(1, dtype=torch.int64)}, True)
 
 CPU = torch.device("cpu")
 
@@ -37,7 +42,7 @@ class Operations(TorchDispatchMode):
 def add(arena, strategy, result=torch.float32, **values):
     """Fold one sample for each key, all of one strategy; keys that are new together become a slab."""
     keys = tuple(values)
-    states = [strategy.take(Value(value)) for value in values.values()]
+    states = [strategy.take(Value(value, columns=ONE)) for value in values.values()]
     state = {name: torch.stack([s[name] for s in states]) for name in states[0]}
     arena.make_room(keys, strategy, state, result)
     arena.fold(keys, state)
@@ -357,3 +362,297 @@ def test_a_relaid_copy_has_the_given_order_and_identities_for_what_is_absent():
     twin = arena.relaid(schemas, {"c": Mean(), "b": Mean()}, rooms, {"cpu": CPU})
     assert list(twin.entries) == ["c", "b"] and finalized(twin, "b") == [1, 1]
     assert all(math.isnan(v) for v in finalized(twin, "c")) and int(twin.state("c")["count"]) == 0
+
+
+# -- keys that are expected back -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def counted():
+    """How often room is taken and a digest made: `.empty`, `.digests`."""
+    with (
+        mock.patch.object(torch, "empty", side_effect=torch.empty) as empty,
+        mock.patch.object(segments, "digest_of", side_effect=segments.digest_of) as digest_of,
+    ):
+        count = SimpleNamespace(empty=0, digests=0)
+        yield count
+        count.empty, count.digests = empty.call_count, digest_of.call_count
+
+
+def mixed():
+    """A slab, single keys, one that is centred and one that combines as a whole."""
+    arena = heads()
+    add(arena, Mean(), a=x(1.0, 2.0))
+    add(arena, Moments(), m=x(1.0, 3.0))
+    add(arena, TopK(2), t=x(5.0))
+    return arena
+
+
+def test_keys_that_sleep_are_held_no_more_and_all_they_had_is_identities():
+    arena, before = mixed(), mixed().nbytes
+    layout = arena.layout_digest
+    arena.sleep()
+    assert len(arena) == arena.content_digest == 0 and "a" not in arena and list(arena.slabs()) == []
+    assert arena.dormant_layout_digest == layout != arena.layout_digest and arena.nbytes == before
+    for segment in arena.segments.values():
+        assert all(bool((part == segment.identity).all()) for part in segment.filled())
+
+
+def test_the_same_keys_come_back_without_room_taken_or_anything_hashed():
+    arena, expected = mixed(), mixed()
+    states = [arena.slab(keys) for keys in arena.slabs()]
+    states = [{name: tensor.clone() for name, tensor in state.items()} for state in states if state is not None]
+    slabs = [(keys, arena.entries[keys[0]].strategy) for keys in arena.slabs()]
+    arena.sleep()
+    with counted() as count, Operations() as operations:
+        for (keys, strategy), state in zip(slabs, states, strict=True):
+            assert arena.make_room(keys, strategy, state, torch.float32) == keys
+    assert (count.empty, count.digests, operations.names) == (0, 0, [])
+    for (keys, _), state in zip(slabs, states, strict=True):
+        arena.fold(keys, state)
+    assert arena.lies_like(expected) and not arena.dormant
+    assert all(torch.equal(arena.state(key)[n], t) for key in expected.entries for n, t in expected.state(key).items())
+    with counted() as count:
+        mixed()
+    assert count.empty > 3 and count.digests > 5  # what the first time costs is seen
+
+
+def test_an_arena_of_the_same_layout_is_folded_into_a_sleeping_one_by_an_operation_a_chunk():
+    costs = []
+    for num_keys in (3, 300):
+        into, other = many(num_keys), many(num_keys)
+        into.sleep()
+        with counted() as count, Operations() as operations:
+            into.fold_arena(other)
+        assert count.empty == 0 and count.digests <= 4 * len(into.segments)  # how far each is filled
+        assert into.lies_like(other) and not into.dormant and finalized(into, "k2") == finalized(other, "k2")
+        costs.append(len(operations.names))
+    assert costs == [3, 3]
+
+
+def test_a_centred_state_is_folded_into_a_sleeping_one_as_any_other():
+    for strategy in (Moments(), Covariance(), TopK(2)):
+        arena, other = Arena(), Arena()
+        for i, target in enumerate((arena, other)):
+            add(target, strategy, k=x(1.0 + i, 4.0))
+        arena.sleep()
+        list(arena.centred())
+        arena.fold_arena(other)
+        arena.fold_arena(other)
+        assert int(arena.state("k")["count"]) == 2
+        twice = other.copy()
+        twice.fold_arena(other)
+        assert all(torch.equal(t, twice.state("k")[name]) for name, t in arena.state("k").items())
+
+
+def test_an_arena_of_another_layout_takes_the_place_of_a_sleeping_one():
+    arena, other = means("a", "b"), means("b", "a", "c")
+    arena.sleep()
+    arena.fold_arena(other)
+    assert arena.lies_like(other) and not arena.dormant and finalized(arena, "c") == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "value", "result"),
+    [
+        (Sum(), x(7.0, 8.0), torch.float32),
+        (Mean(accumulate=torch.float32), x(7.0, 8.0), torch.float32),
+        (Mean(), x(7.0, 8.0, 9.0), torch.float32),
+        (Mean(), x(7.0, 8.0).double(), torch.float64),
+    ],
+    ids=["strategy", "parameters", "shape", "result"],
+)
+def test_a_key_that_comes_back_as_another_gives_its_room_back(strategy, value, result):
+    arena = means("a", "b")
+    arena.sleep()
+    add(arena, strategy, result, b=value)
+    assert finalized(arena, "b") == value.tolist() and list(arena.dormant) == ["a"]
+    add(arena, Mean(), a=x(5.0, 6.0))
+    assert finalized(arena, "a") == [5, 6] and not arena.dormant
+    fresh = Arena()
+    add(fresh, strategy, result, b=value)
+    add(fresh, Mean(), a=x(5.0, 6.0))
+    assert arena.content_digest == fresh.content_digest
+    held = sum(t.nbytes for key in arena.entries for t in arena.state(key).values())
+    assert arena.nbytes <= held + 16 + 8  # but for the hole, where nobody fits
+
+
+def test_keys_that_do_not_come_back_keep_their_room_until_it_is_given_up():
+    arena = means("a", "b", "c")
+    arena.sleep()
+    add(arena, Mean(), c=x(1.0, 2.0))
+    add(arena, Mean(), a=x(3.0, 4.0))
+    assert list(arena.entries) == ["c", "a"] and list(arena.dormant) == ["b"]
+    full = arena.nbytes
+    assert full == means("a", "b", "c").nbytes and not arena.lies_like(means("c", "a"))
+    arena.compact()
+    assert not arena.dormant and arena.nbytes == full * 2 // 3
+    assert finalized(arena, "c") == [1, 2] and finalized(arena, "a") == [3, 4]
+    fresh = Arena()
+    for key in "ca":
+        add(fresh, Mean(), **{key: x(0.0, 0.0)})
+    assert arena.lies_like(fresh)  # as if `b` had never been
+
+
+def test_a_compact_arena_that_has_nothing_dormant_stays_where_it_is():
+    arena = mixed()
+    with counted() as count:
+        arena.compact()
+    assert count.empty == count.digests == 0
+
+
+def test_a_slab_of_which_some_keys_come_back_is_laid_out_anew():
+    arena = heads()
+    arena.sleep()
+    add(arena, Mean(), h0=x(7.0), h2=x(9.0))
+    assert arena.is_slab(("h0", "h2")) and finalized(arena, "h0") == [7] and finalized(arena, "h2") == [9]
+    add(arena, Mean(), h1=x(8.0))
+    assert finalized(arena, "h1") == [8] and not arena.dormant
+    assert arena.nbytes <= heads().nbytes + 16  # the room of the slab was given back before, but for a hole
+
+
+def test_a_slab_comes_back_as_one():
+    arena = heads()
+    arena.sleep()
+    add(arena, Mean(), h0=x(7.0), h1=x(8.0), h2=x(9.0))
+    assert arena.is_slab(("h0", "h1", "h2")) and arena.lies_like(heads())
+
+
+def test_a_ragged_key_grows_after_it_has_come_back():
+    arena = Arena()
+    add(arena, Mean(ragged=True), a=torch.ones(100), b=torch.ones(100))
+    arena.sleep()
+    add(arena, Mean(ragged=True), a=torch.full((300,), 4.0), b=torch.full((300,), 5.0))
+    assert arena.capacities("a")["total"] == (384,) == arena.capacities("b")["total"]
+    assert finalized(arena, "a") == [4.0] * 300 and finalized(arena, "b") == [5.0] * 300
+    arena.sleep()
+    add(arena, Mean(ragged=True), a=torch.ones(300), b=torch.ones(300))
+    assert int(arena.state("b")["count"].sum()) == 300 and arena.capacities("a")["total"] == (384,)
+
+
+def test_all_keys_can_be_held_again_with_identities_as_an_idle_rank_does():
+    arena = mixed()
+    arena.sleep()
+    add(arena, Mean(), a=x(1.0, 2.0))
+    with counted() as count:
+        arena.wake()
+    assert (count.empty, count.digests) == (0, 0) and arena.lies_like(mixed())
+    assert finalized(arena, "a") == [1, 2] and int(arena.state("h1")["count"]) == 0
+    other = mixed()
+    other.fold_arena(arena)
+    assert int(other.state("m")["count"]) == 1 and finalized(other, "h2") == [3]
+
+
+def test_a_blank_twin_has_the_layout_and_takes_no_memory_before_it_sleeps():
+    arena = mixed()
+    with counted() as count:
+        blank = arena.blank()
+    assert (
+        (count.empty, count.digests) == (0, 0)
+        and len(blank) == 0
+        and not any(s.chunks for s in blank.segments.values())
+    )
+    blank.sleep()
+    assert blank.nbytes == arena.nbytes and blank.dormant_layout_digest == arena.layout_digest
+    with counted() as count:
+        blank.fold_arena(arena)
+    assert count.empty == 0 and blank.lies_like(arena) and finalized(blank, "h2") == [3]
+    add(blank, Mean(), a=x(3.0, 4.0))
+    assert finalized(arena, "a") == [1, 2] and finalized(blank, "a") == [2, 3]
+
+
+def pointers(arena):
+    return {chunk.data_ptr() for segment in arena.segments.values() for chunk in segment.filled()}
+
+
+def test_a_copy_takes_the_memory_of_a_spare_arena_of_the_same_layout():
+    arena, spare = mixed(), mixed()
+    add(arena, Mean(), a=x(5.0, 8.0))
+    given = pointers(spare)
+    with counted() as count:
+        twin = arena.copy(spare=spare)
+    assert pointers(twin) == given and count.empty == count.digests == 0
+    assert twin.lies_like(arena) and finalized(twin, "a") == [3, 5] and not given & pointers(arena)
+
+
+def test_a_spare_arena_of_another_layout_is_left_alone():
+    arena, spare = means("a", "b"), means("a")
+    twin = arena.copy(spare=spare)
+    assert not pointers(twin) & pointers(spare) and finalized(twin, "b") == [1, 1]
+    on_meta = means("a", "b").copy(torch.device("meta"))
+    assert finalized(arena.copy(spare=on_meta), "b") == [1, 1]
+
+
+def test_a_copy_of_a_sleeping_arena_sleeps_too():
+    arena = mixed()
+    arena.sleep()
+    twin = arena.copy()
+    assert twin.dormant_layout_digest == arena.dormant_layout_digest and len(twin) == 0
+    add(twin, Mean(), a=x(1.0, 2.0))
+    assert "a" not in arena and list(arena.dormant) == list(mixed().entries)
+
+
+PROGRAM = st.lists(
+    st.tuples(
+        st.sampled_from(["add", "add", "add", "grow", "drop", "sleep", "compact", "wake"]), st.sampled_from("abcd")
+    ),
+    max_size=20,
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(PROGRAM)
+def test_states_are_what_was_folded_since_the_last_sleep_whatever_came_between(program):
+    arena, plain = Arena(), {}
+    for what, key in program:
+        if what == "sleep":
+            arena.sleep()
+            plain = {}
+        elif what == "compact":
+            arena.compact()
+        elif what == "wake":
+            arena.wake()
+            plain = {key: plain.get(key, []) for key in arena.entries}
+        elif what == "drop":
+            if plain.pop(key, None) is not None:
+                arena.drop(key)
+        else:
+            value = torch.full((200 if what == "grow" else 3,), float(ord(key)))
+            add(arena, Sum(ragged=True), **{key: value})
+            plain.setdefault(key, []).append(value)
+    assert set(arena.entries) == set(plain)
+    for key, values in plain.items():
+        longest = max(map(len, values), default=0)
+        padded = [torch.nn.functional.pad(value, (0, longest - len(value))) for value in values]
+        assert finalized(arena, key) == (sum(padded).tolist() if padded else [])
+    for name, dtype in (("total", "float64"), ("count", "int64")):  # all else is identities
+        held = sum(float(arena.state(key)[name].sum()) for key in plain)
+        assert held == sum(float(p.sum()) for i, s in arena.segments.items() if i.dtype == dtype for p in s.filled())
+    whole = arena.copy()
+    whole.compact()
+    assert whole.content_digest == arena.content_digest and whole.nbytes <= arena.nbytes
+    if arena.dormant:  # what was given up is gone without a trace
+        rooms = [math.prod(shape) for key in plain for shape in whole.capacities(key).values()]
+        assert whole.nbytes == 8 * sum(rooms)
+
+
+# -- states that combine as a whole --------------------------------------------------------------------------------
+
+
+def test_states_that_combine_as_a_whole_lie_apart_and_can_be_had_alone():
+    arena = mixed()
+    add(arena, TopK(2), u=x(7.0))
+    part = arena.gathered()
+    assert list(part.entries) == ["t", "u"] and all(segment_id.gathered for segment_id in part.segments)
+    assert part.state("t")["values"].data_ptr() == arena.state("t")["values"].data_ptr()
+    theirs = part.copy()
+    theirs.state("u")["values"].fill_(9.0)
+    theirs.state("u")["sample"].fill_(1)
+    part.fold_alike(theirs)
+    assert arena.state("u")["values"].tolist() == [[9], [9]] and int(arena.state("t")["count"]) == 2
+    assert not means("a").gathered().segments
+
+
+def test_the_best_of_keys_side_by_side_are_folded_as_one_however_many_keys():
+    assert cost_of_folding(2, TopK(2)) == cost_of_folding(60, TopK(2)) < 60
+    assert cost_of_folding(2, Covariance()) == cost_of_folding(60, Covariance()) < 30

@@ -26,7 +26,7 @@ import distcache as dc
 from distcache import codec, store
 from distcache.errors import BadCache, DuplicateSamples, HeldElsewhere
 from distcache.store import load, read_manifest, save
-from distcache.strategies import Cat, Columns, Function, Mean, Value, Weighted, registered_strategies
+from distcache.strategies import Cat, Columns, Function, Histogram, Mean, TopK, Value, Weighted, registered_strategies
 from distcache.testing import kill_self
 
 quick = settings(
@@ -192,24 +192,30 @@ def test_other_tools_can_read_the_file(tmp_path):
 # -- states --------------------------------------------------------------------------------------------------------
 
 
+NEEDING_PARAMETERS = {"histogram": Histogram(4, -1, 1), "topk": TopK(2)}
+
+
 def contribution(name: str, i: int) -> Any:
     if name in ("extend", "first"):
         return [f"s{i}"]
     if name == "average_pattern":
         return torch.rand(i + 2, i + 2, generator=torch.Generator().manual_seed(i))
-    return torch.randn(1, 3, generator=torch.Generator().manual_seed(i))
+    shape = (3,) if name == "covariance" else (1, 3)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(i))
 
 
 def merged(name: str, samples: range, indexed: bool) -> dc.ActivationCache:
     cache = dc.ActivationCache()
-    cache.register_aggregation("k", name)
+    cache.register_aggregation("k", NEEDING_PARAMETERS.get(name, name))
     for i in samples:
         cache.add("k", contribution(name, i), index=[100 - i] if indexed else None)
     return cache
 
 
-@pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("name", registered_strategies())
+KINDS = [(name, indexed) for name, cls in registered_strategies().items() for indexed in {True, cls.needs_index}]
+
+
+@pytest.mark.parametrize(("name", "indexed"), KINDS)
 def test_a_state_of_every_strategy_merges_on_as_if_it_had_not_been_saved(tmp_path, name, indexed):
     first, second = (again(merged(name, part, indexed), tmp_path) for part in (range(3), range(3, 5)))
     assert same(first["k"], merged(name, range(3), indexed)["k"])

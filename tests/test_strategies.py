@@ -92,14 +92,18 @@ class Longest(Gathered):
     ragged, size, accumulate = False, None, None
 
     def lift(self, value_n, weight_n=None):
-        lengths = torch.cat([value_n.float().norm(dim=1), torch.tensor([-math.inf])])
+        lengths = torch.cat([value_n.float().unsqueeze(-1).flatten(1).norm(dim=1), torch.tensor([-math.inf])])
         padded = torch.cat([value_n.half(), torch.full((1, *value_n.shape[1:]), -math.inf, dtype=torch.half)])
-        i = lengths.argmax()
-        return {"length": lengths[i], "vector": padded[i], "count": torch.tensor(len(value_n), dtype=torch.int16)}
+        length = lengths.max()
+        vector = padded[lengths == length].amax(0)  # of equal ones, so that order means nothing
+        return {"length": length, "vector": vector, "count": torch.tensor(len(value_n), dtype=torch.int16)}
 
     def fold_(self, into, other):
-        longer = other["length"] > into["length"]
-        into["vector"].copy_(torch.where(longer.unsqueeze(-1), other["vector"], into["vector"]))
+        wide = (*into["length"].shape, *[1] * (into["vector"].dim() - into["length"].dim()))
+        mine, theirs = into["length"].reshape(wide), other["length"].reshape(wide)
+        either = torch.maximum(into["vector"], other["vector"])
+        longer = torch.where(theirs > mine, other["vector"], into["vector"])
+        into["vector"].copy_(torch.where(theirs == mine, either, longer))
         into["length"].copy_(torch.maximum(into["length"], other["length"]))
         into["count"].add_(other["count"])
 
@@ -124,12 +128,11 @@ def samples_for(name: str, num_samples: int, shape: tuple[int, ...], dtype: torc
         return list(seeded(num_samples, 3, 3, seed=seed, dtype=dtype))
     if name == "extend":
         return [[x] for x in seeded(num_samples, *shape, seed=seed, dtype=dtype)]
-    if name in VECTORS:
+    if name == "covariance":
         shape = (math.prod(shape),)
     return list(seeded(num_samples, *shape, seed=seed, dtype=dtype))
 
 
-VECTORS = ("covariance", "longest")
 NEEDING_PARAMETERS = {"histogram": Histogram(5, -1.5, 1.5), "topk": TopK(3)}
 
 CASES = {
@@ -1190,9 +1193,9 @@ def count_transfers(rank, world_size, num_keys):
 @pytest.mark.parametrize(("world_size", "received"), [(2, [1, 0]), (3, [2, 0, 0]), (4, [2, 0, 1, 0])])
 def test_merging_the_best_takes_a_tree_of_sends_however_many_keys_there_are(ranks, world_size, received):
     few, many = (ranks.run(world_size, count_transfers, num_keys) for num_keys in (1, 150))
-    blobs = few[0] - 3 * (received[0] + 1)  # which tell of the ledger, from each rank
+    blobs = few[0] - 4 * (received[0] + 1)  # which tell of the ledger, from each rank
     assert 0 <= blobs <= world_size
-    segments = 3  # values; samples and positions; counts
+    segments = 4  # values, samples, positions, counts
     assert few == many == [segments * (n + (rank > 0) + 1) + blobs for rank, n in enumerate(received)]
 
 
@@ -1212,3 +1215,29 @@ def test_a_saved_cache_goes_on_with_the_new_strategies(tmp_path):
     for found in (again, pickle.loads(pickle.dumps(again)), again.to("cpu")):
         for key in strategies:
             torch.testing.assert_close(found[key], whole[key], rtol=0, atol=1e-6, equal_nan=True)
+    explained = {key: one.collective for key, one in again.explain().items()}
+    assert explained == {
+        "top": "sends along a tree", "cov": "all_reduce", "hist": "all_reduce", "far": "sends along a tree"
+    }  # fmt: skip
+
+
+def test_rows_recorded_without_an_index_get_it_where_they_are_merged_and_else_are_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    x = seeded(4, 3)
+    refused = pytest.raises(dc.SiteError, match=r"site '0': TopK names the samples .* dc\.record\(")
+    with refused, torch.no_grad(), dc.record(model, dc.Site("0", reduce=TopK(2))):
+        model(x)
+    found = []
+    for cache in (dc.DistributedCache(), dc.DistributedCache()):
+        cache.register_aggregation("0", TopK(2))
+        with torch.no_grad(), dc.record(model, ["0"]) as local:
+            model(x)
+        if found:
+            with pytest.raises(TypeError, match="cannot merge '0': TopK names the samples of its values"):
+                cache.cat(local)
+        cache.cat(local, index=[7, 5, 6, 4])
+        found.append(cache["0"])
+    columns = indexed(7, 5, 6, 4)
+    for d in range(2):
+        expected = best(model(x)[:, d].detach(), columns.by_name["sample"], columns.by_name["position"], 2)
+        assert found[0]["sample"][:, d].tolist() == found[1]["sample"][:, d].tolist() == [s for _, s, _ in expected]

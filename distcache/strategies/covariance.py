@@ -146,7 +146,8 @@ def full_float32(device: torch.device) -> Iterator[None]:
     # Newer versions have a setting for each backend, and raise where the older one for all is read between.
     lowered = [(b, b.fp32_precision) for b in backends if getattr(b, "fp32_precision", "ieee") not in ("ieee", "none")]
     older = None if hasattr(backends[0], "fp32_precision") else torch.get_float32_matmul_precision()
-    with torch.autocast(device.type, enabled=False):
+    casts = torch.amp.is_autocast_available(device.type)
+    with torch.autocast(device.type, enabled=False) if casts else contextlib.nullcontext():
         try:
             for backend, _ in lowered:
                 backend.fp32_precision = "ieee"
