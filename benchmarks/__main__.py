@@ -23,7 +23,7 @@ def run(name: str, world_size: int, rounds: int, device: str) -> list[Timings]:
 
 
 def show(name: str, world_size: int, timings: list[Timings]) -> None:
-    ours = next(t for t in timings if t.name == "distcache")
+    ours = next((t for t in timings if t.name == "distcache"), timings[0])
     table = Table(title=f"{name}, {world_size} ranks", show_header=True)
     for column in ("candidate", "median ms", "first ms", "ours ÷ it", "it ÷ ours"):
         table.add_column(column, justify="left" if column == "candidate" else "right")

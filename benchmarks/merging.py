@@ -7,6 +7,7 @@ of it: arrival, agreement, moving, vote, commit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from torch import Tensor
 
 import distcache as dc
 from benchmarks.harness import Candidate, time_on_rank, torchrun_environment
+from distcache import comm
+from distcache.plan import buckets
 
 MIB = 2**20
 
@@ -32,6 +35,8 @@ def workload(name: str, rank: int, world_size: int, device: torch.device) -> lis
         return list(reductions(rank, world_size, device, [("mean", 4000, (64,))], dtype))
     if kind == "patterns":
         return list(reductions(rank, world_size, device, [("mean", 1024, (128, 128))], dtype))
+    if kind == "buckets":
+        return list(buckets_and_flights(rank, world_size, device))
     if kind == "ragged":
         return list(concatenations(rank, world_size, device, 256, 256, 576))
     raise ValueError(f"unknown workload {name!r}")
@@ -45,6 +50,7 @@ WORKLOADS = (
     "ragged",
     "patterns float32",
     "patterns float64",
+    "buckets",
 )
 
 
@@ -349,3 +355,23 @@ def concatenations(
         return merged
 
     yield Candidate("accelerate.gather", accelerated, check=check, rounds=2)
+
+
+def buckets_and_flights(rank: int, world_size: int, device: torch.device) -> Iterator[Candidate]:
+    """75 MB reduced, and as much broadcast, in pieces of several sizes with several in flight: what the defaults of
+    `DistributedCache(bucket_bytes=…)` and `comm.IN_FLIGHT` were chosen by.
+    """
+    buffer = torch.ones(75 * 10**6 // 4, device=device)
+    seam = comm.open_comm()
+
+    def run(op: str, bucket_bytes: int, in_flight: int) -> None:
+        comm.IN_FLIGHT = in_flight
+        cuts = buckets(len(buffer), 4, bucket_bytes)
+        root = 0 if op == "copy" else None
+        seam.run([comm.Transfer(buffer[start:stop], op, root=root) for start, stop in cuts], lambda: None)
+
+    for op in ("sum", "copy"):
+        for mib in (1, 4, 25, 100):
+            for in_flight in (1, 2, 4, 8):
+                name = f"{op}, {mib} MiB, {in_flight} in flight"
+                yield Candidate(name, functools.partial(run, op, mib * MIB, in_flight), lambda: buffer.fill_(1))

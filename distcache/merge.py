@@ -511,6 +511,9 @@ def _check_memory(party: Party, plan: MergePlan) -> None:
     """`TooLarge` before anything is taken, if it would not fit beside what the ranks on this host take too."""
     comm, held = party.comm, party.held
     delta_nbytes = {kind: arena_nbytes(held.delta._arena, kind, held.spare) for kind in ("cpu", "cuda")}
+    if comm.world_size > 1:  # states that combine as a whole are received into a copy
+        gathered = held.delta._arena.gathered()
+        delta_nbytes = {kind: nbytes + arena_nbytes(gathered, kind) for kind, nbytes in delta_nbytes.items()}
     # What the content holds beyond this merge's keys is added to scratch, if there is any.
     kept = plan.schemas is not held.facts.schemas and any(k not in plan.schemas for k in held.content._arena.entries)
     beside = {kind: kept * arena_nbytes(held.content._arena, kind) for kind in ("cpu", "cuda")}

@@ -194,9 +194,10 @@ def arrive(comm: Communicator, number: int, wait_s: float, what: str) -> None:
     if heart is None:
         return
     heart.watch(decision_key(number))
-    store.add(f"{number}/here/{comm.rank // _BITS}", 1 << comm.rank % _BITS)
-    # With the count all learn, at no further cost, whether groups must be made anew and whether all want the same.
+    # With the count all learn, at no further cost, whether groups must be made anew and whether all want the same. It
+    # comes first: a rank that is lost between the two is counted or missing, and never neither.
     count = store.add(f"{number}/count", 1 + _SPENT * comm.broken + _SAVING * (what == "save"))
+    store.add(f"{number}/here/{comm.rank // _BITS}", 1 << comm.rank % _BITS)
     started = looked = time.monotonic()
     nap_s, named = 0.0002, set[int]()
     longest_nap_s = 0.05 * max(1.0, everyone / 256)

@@ -60,6 +60,11 @@ class Slot:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def precedes(self, other: Slot) -> bool:
+        """Whether `other` lies right behind and is as large."""
+        beside = other.offset == self.offset + self.numel and other.shape == self.shape
+        return beside and other.chunk == self.chunk and other.segment == self.segment
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -80,7 +85,7 @@ class Entry:
         return (
             self.strategy == other.strategy
             and self.slots.keys() == other.slots.keys()
-            and all(other.slots[n] == replace(slot, offset=slot.offset + slot.numel) for n, slot in self.slots.items())
+            and all(slot.precedes(other.slots[name]) for name, slot in self.slots.items())
         )
 
 
@@ -477,6 +482,7 @@ class Arena:
         twin = Arena()
         twin.entries, twin.dormant = dict(self.entries), dict(self.dormant)
         twin.content_digest, twin._slots_digest = self.content_digest, self._slots_digest
+        twin._apart_runs = self._apart_runs
         old = {} if spare is None else spare.segments
         twin.segments = {segment_id: segment.copy(old.get(segment_id)) for segment_id, segment in self.segments.items()}
         return twin
@@ -564,9 +570,7 @@ class Arena:
         part = Arena()
         part.segments = {segment_id: held for segment_id, held in self.segments.items() if segment_id.gathered}
         if part.segments:
-            for entry in self.entries.values():
-                if isinstance(entry.strategy, Gathered):
-                    part._enter(entry)
+            part.entries = {key: entry for key, entry in self.entries.items() if isinstance(entry.strategy, Gathered)}
         return part
 
     def _runs(self) -> list[tuple[str, int]]:

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distcache as dc
 import distcache.strategies
+from distcache import codec
+from distcache import merge as merging
 from distcache.errors import SchemaMismatch
 from distcache.segments import Arena
 from distcache.strategies import (
@@ -53,7 +55,7 @@ from distcache.strategies import (
     registered_strategies,
 )
 from distcache.strategies.covariance import full_float32
-from distcache.testing import check_strategy_laws, splits
+from distcache.testing import check_strategy_laws, kill_self, splits
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INTS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -1241,3 +1243,28 @@ def test_rows_recorded_without_an_index_get_it_where_they_are_merged_and_else_ar
     for d in range(2):
         expected = best(model(x)[:, d].detach(), columns.by_name["sample"], columns.by_name["position"], 2)
         assert found[0]["sample"][:, d].tolist() == found[1]["sample"][:, d].tolist() == [s for _, s, _ in expected]
+
+
+def lose_a_rank_in_the_tree(rank, world_size):
+    cache = dc.DistributedCache(timeout_s=3)
+    cache.register_aggregation("top", TopK(2))
+    if rank == 1:
+        mock.patch.object(merging, "_copies", side_effect=lambda *_, **__: kill_self()).start()
+    frozen = []
+
+    def add_and_merge():
+        with cache.deferred_mode():
+            cache.add("top", torch.ones(3), index=[rank])
+            frozen.append(codec.encode(cache._held.delta._to_plain()))
+
+    with pytest.raises(dc.PeerFailed):
+        add_and_merge()
+    assert len(cache) == 0
+    return codec.encode(cache._held.delta._to_plain()) == frozen[0]
+
+
+def test_a_rank_that_is_lost_in_the_tree_costs_no_other_its_delta(ranks):
+    outcomes = ranks.outcomes(4, lose_a_rank_in_the_tree)
+    assert [outcome.died for outcome in outcomes] == [False, True, False, False]
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    assert [outcome.value for outcome in outcomes] == [True, None, True, True]
