@@ -255,7 +255,7 @@ EVERYWHERE = {torch.float32, torch.float64, torch.int8, torch.uint8, torch.int32
         (KeepsMin(), EVERYWHERE | {torch.bool}),
         (KeepsLatest(), set(EVERY)),  # travels as bytes
     ],
-    ids=str,
+    ids=["sum", "max", "min", "gathered"],
 )
 def test_states_are_kept_in_dtypes_that_every_backend_reduces(strategy, taken, monkeypatch):
     monkeypatch.setitem(distcache.strategies._BY_NAME, "keeps", type(strategy))
