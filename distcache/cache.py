@@ -375,7 +375,7 @@ class ActivationCache:
         """
         rows = self._rows(key)
         if rows is not None:
-            return torch.tensor(rows.num_rows)
+            return torch.tensor(rows.num_read)
         if self._entries[key] is not REDUCED or "count" not in self._arena.entries[key].slots:
             raise ValueError(f"{key!r} is not a reduced value, so nothing was counted behind it.")
         count, value = self._arena.state(key)["count"], self._value(key)
@@ -509,24 +509,13 @@ class ActivationCache:
         return piece.value_n
 
     def _by_site(self, *place: Any) -> Any:
-        site, layer = place if len(place) == 2 else (None, None)
-        if not isinstance(site, str) or not isinstance(layer, (int, slice)):
-            raise KeyError(f"no key {place!r}: give a key, (site, layer) or (site, :).")
-        by_layer: dict[int, list[tuple[int, str]]] = {}
-        for key in self._entries:
-            match = _SITE_KEY.match(key)
-            if match and match["site"] == site:
-                by_layer.setdefault(int(match["layer"]), []).append((int(match["head"] or -1), key))
-        wanted = range(max(by_layer, default=-1) + 1)[layer] if isinstance(layer, slice) else [layer]
-        found = [n for n in wanted if n in by_layer]
-        if not found:
-            raise KeyError(f"no layer {layer} of site {site!r}: the cache has its layers {sorted(by_layer)}.")
         values = []
-        for n in found:
-            heads = sorted(by_layer[n])
-            alone = heads[0][0] < 0
-            values.append(self._value(heads[0][1]) if alone else _stacked([self._value(key) for _, key in heads], site))
-        return _stacked(values, site) if isinstance(layer, slice) else values[0]
+        for heads in site_keys(self._entries, place):
+            if heads[0][0] < 0:
+                values.append(self._value(heads[0][1]))
+            else:
+                values.append(_stacked([self._value(key) for _, key in heads], place[0]))
+        return _stacked(values, place[0]) if isinstance(place[1], slice) else values[0]
 
     def _state_strategy(self, key: str) -> Strategy | None:
         entry = self._held(key)
@@ -710,6 +699,26 @@ class ActivationCache:
     def _kept(self) -> dict[str, KeptEntry]:
         """Keys whose values are kept."""
         return {key: self._entries[key] for key in self._kept_keys}  # type: ignore[misc]
+
+
+def site_keys(keys: Iterable[str], place: tuple[Any, ...]) -> list[list[tuple[int, str]]]:
+    """By wanted layer of a site, its keys with their heads' numbers (-1: no head). KeyError if there is none.
+
+    `place`: (site, layer) or (site, slice of layers).
+    """
+    site, layer = place if len(place) == 2 else (None, None)
+    if not isinstance(site, str) or not isinstance(layer, (int, slice)):
+        raise KeyError(f"no key {place!r}: give a key, (site, layer) or (site, :).")
+    by_layer: dict[int, list[tuple[int, str]]] = {}
+    for key in keys:
+        match = _SITE_KEY.match(key)
+        if match and match["site"] == site:
+            by_layer.setdefault(int(match["layer"]), []).append((int(match["head"] or -1), key))
+    wanted = range(max(by_layer, default=-1) + 1)[layer] if isinstance(layer, slice) else [layer]
+    found = [sorted(by_layer[n]) for n in wanted if n in by_layer]
+    if not found:
+        raise KeyError(f"no layer {layer} of site {site!r}: the cache has its layers {sorted(by_layer)}.")
+    return found
 
 
 def _ledger_of(keys: Sequence[str], samples: Tensor) -> Ledger:

@@ -6,11 +6,12 @@ import abc
 import contextlib
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from os import PathLike
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
+import torch
 from torch import Tensor
 
-from distcache.cache import ActivationCache, Explained
+from distcache.cache import ActivationCache, Explained, site_keys
 from distcache.comm import CommFailed, Communicator, ProcessGroup, Store, open_comm
 from distcache.errors import HeldElsewhere, MergeInDoubt, PeerFailed, SchemaMismatch
 from distcache.merge import Facts, Held, Party, merge, new_delta
@@ -115,7 +116,11 @@ class DistributedCache(_Reading):
     Args:
         group: the ranks that merge; None for all, or for this process alone without torch.distributed.
         dst: None: every rank holds the content; r: rank r (of the group) alone, and reading raises
-            `HeldElsewhere` on the others.
+            `HeldElsewhere` on the others. `"shard"`: each rank holds its part. Rows stay on the rank that brought them:
+            reading a concatenation, and its `count` and `rows`, gives this rank's own, `offsets` where they lie among
+            all. A reduction lies whole on one rank, which keeps it; reading it elsewhere raises `HeldElsewhere`. Lists,
+            first values and what plain functions return are held by all. `save` writes one cache of all parts, as
+            with None; the ranks must share the file system.
         timeout_s: limit of a peer's silence, and, once all ranks are there, of time without progress. The
             constructor waits for its peers as long.
         wait_s: limit of waiting for a peer that is alive but busy.
@@ -127,7 +132,7 @@ class DistributedCache(_Reading):
         self,
         group: ProcessGroup | None = None,
         *,
-        dst: int | None = None,
+        dst: int | Literal["shard"] | None = None,
         timeout_s: float = 120,
         wait_s: float = 86400,
         bucket_bytes: int = 25 * 2**20,
@@ -136,12 +141,12 @@ class DistributedCache(_Reading):
         if timeout_s <= 0 or wait_s <= 0 or bucket_bytes < 1:
             raise ValueError(f"limits are positive, got {timeout_s=}, {wait_s=}, {bucket_bytes=}.")
         comm = open_comm(group, store, timeout_s)
-        if dst is not None and not (type(dst) is int and 0 <= dst < comm.world_size):
+        if dst not in (None, "shard") and not (type(dst) is int and 0 <= dst < comm.world_size):
             comm.close()
-            raise ValueError(f"dst is a rank below {comm.world_size} or None, got {dst!r}.")
+            raise ValueError(f"dst is a rank below {comm.world_size}, 'shard' or None, got {dst!r}.")
         self._comm: Communicator = comm
         self._store = store
-        self._dst = dst
+        self._dst: int | Literal["shard"] | None = dst
         self._wait_s = wait_s
         self._bucket_bytes = bucket_bytes
         content = ActivationCache()
@@ -160,8 +165,8 @@ class DistributedCache(_Reading):
         return self._comm.world_size
 
     @property
-    def dst(self) -> int | None:
-        """The rank that holds the content; None where all do."""
+    def dst(self) -> int | Literal["shard"] | None:
+        """The rank that holds the content; None where all do, "shard" where each holds its part."""
         return self._dst
 
     @property
@@ -172,12 +177,54 @@ class DistributedCache(_Reading):
     # -- reading -----------------------------------------------------------------------------------------------
 
     def _shown(self) -> ActivationCache:
-        if self._dst is not None and self._dst != self.rank:
+        if self._dst not in (None, "shard", self.rank):
             raise HeldElsewhere(
                 f"the content is held by rank {self._dst} (dst={self._dst}), this is rank {self.rank}: read it there, "
                 "or make the cache with dst=None."
             )
         return self._held.content
+
+    def _check_here(self, key: str | tuple[Any, ...]) -> None:
+        """`HeldElsewhere`, naming the owner, for a reduction of another rank's shard."""
+        shards = self._held.facts.shards
+        if shards is None:
+            return
+        keys = [k for layer in site_keys(self, key) for _, k in layer] if isinstance(key, tuple) else [key]
+        for one in keys:
+            owner = shards.owners.get(one, self.rank)
+            if owner != self.rank:
+                raise HeldElsewhere(
+                    f'{one!r} is held by rank {owner} (dst="shard"), this is rank {self.rank}: read it there, or load '
+                    "what cache.save() writes."
+                )
+
+    def __getitem__(self, key: str | tuple[Any, ...]) -> Any:
+        """See `ActivationCache`; with dst="shard", of a concatenation this rank's rows."""
+        self._check_here(key)
+        return super().__getitem__(key)
+
+    def count(self, key: str) -> Tensor:
+        """See `ActivationCache.count`; with dst="shard", of a concatenation the number of this rank's rows."""
+        self._check_here(key)
+        return super().count(key)
+
+    def rows(self, key: str) -> dict[str, Tensor]:
+        """See `ActivationCache.rows`; with dst="shard", of this rank's rows."""
+        self._check_here(key)
+        return super().rows(key)
+
+    def offsets(self, key: str) -> Tensor:
+        """Where each rank's rows of a concatenation begin when ranks' are put one after the other, and their end: int64
+        [W + 1], on every rank. With dst="shard".
+
+        A sample that two ranks hold counts on both. ValueError for what doesn't lie in shards, KeyError.
+        """
+        if key not in self:
+            raise KeyError(f"no key {key!r}: the cache has {len(self)} keys.")
+        shards = self._held.facts.shards
+        if shards is None or key not in shards.num_rows:
+            raise ValueError(f"{key!r} has no rows in shards (dst={self._dst!r}): offsets are of concatenations there.")
+        return torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(shards.num_rows[key]).cumsum(0)])
 
     def __contains__(self, key: object) -> bool:
         return key in self._held.facts.schemas
@@ -260,8 +307,9 @@ class DistributedCache(_Reading):
     def _check_settled(self) -> None:
         if self._held.doubt is not None:
             raise MergeInDoubt(
-                "the last merge may have been committed by the others, and a value folded now could count twice: call "
-                "cache.merge() on every rank first, which finds out (after cache.rejoin(), if the store was lost)."
+                "the last merge may have been committed by the others: a value folded now could count twice, a shard "
+                "saved now be that of another merge. Call cache.merge() on every rank first, which finds out (after "
+                "cache.rejoin(), if the store was lost)."
             )
 
     @contextlib.contextmanager
@@ -323,9 +371,10 @@ class DistributedCache(_Reading):
         self._merge()
 
     def _merge(self) -> None:
-        limits = (self._dst, self._wait_s, self._bucket_bytes)
+        shard = self._dst == "shard"
+        limits = (None if shard else self._dst, self._wait_s, self._bucket_bytes)
         try:
-            merge(Party(self._comm, self._attempt, self._held, *limits, self._dealt))
+            merge(Party(self._comm, self._attempt, self._held, *limits, self._dealt, shard))  # type: ignore[arg-type]
         finally:
             self._attempt, self._dealt = self._attempt + 1, 0
 
@@ -334,7 +383,8 @@ class DistributedCache(_Reading):
 
         With `dst` the content stays with the process that has it, whatever its rank is now. ValueError on every rank
         if that process isn't there (its content is lost: make a new cache), or, where nothing was merged yet, if
-        the group has no rank `dst`. `PeerFailed` if a rank doesn't come; the cache keeps its old group then.
+        the group has no rank `dst`. With dst="shard" and something merged, ValueError unless the new group has the same
+        ranks in the same order. `PeerFailed` if a rank doesn't come; the cache keeps its old group then.
 
         The survivors of a lost rank make their group by themselves:
         `torch.distributed.new_group(ranks, use_local_synchronization=True)`.
@@ -350,22 +400,33 @@ class DistributedCache(_Reading):
         self._comm.close()
         self._comm, self._dst, self._attempt = comm, dst, 0
 
-    def _find_content(self, comm: Communicator) -> int:
-        """The rank of a new group that holds the content: a collective."""
+    def _find_content(self, comm: Communicator) -> int | Literal["shard"]:
+        """The rank of a new group that holds the content, or "shard" where all hold their parts: a collective."""
         facts = self._held.facts
         try:
-            rows = comm.gather([int(self._dst == self.rank), facts.epoch], lambda: None)
+            rows = comm.gather([int(self._dst == self.rank), facts.epoch, self.rank, self.world_size], lambda: None)
         except CommFailed as error:
             raise PeerFailed(f"a rank was lost while all rejoined: {error}.") from error
-        for rank, (holds, _) in enumerate(rows):
+        if self._dst == "shard":
+            before = [rank for _, _, rank, _ in rows]
+            whole = all(known == len(rows) for _, _, _, known in rows) and before == list(range(len(rows)))
+            if any(epoch for _, epoch, _, _ in rows) and not whole:
+                raise ValueError(
+                    f'the content lies in shards (dst="shard") of a group of {max(known for *_, known in rows)}, and '
+                    f"the new one has its ranks {before}: shards of ranks that are gone are lost, and those that are "
+                    "there keep their places. Read what this rank holds, then make a new DistributedCache."
+                )
+            return "shard"
+        for rank, (holds, *_) in enumerate(rows):
             if holds:
                 return rank
-        if any(epoch for _, epoch in rows):
+        if any(epoch for _, epoch, _, _ in rows):
             raise ValueError(
                 f"the content was held by rank {self._dst} (dst={self._dst}), which is not in the new group: it is "
                 "lost. Make a new DistributedCache, with dst=None if every rank should hold the content."
             )
-        if self._dst is None or self._dst >= comm.world_size:
+        assert self._dst is not None
+        if self._dst >= comm.world_size:
             raise ValueError(f"dst={self._dst} is no rank of the new group of {comm.world_size}.")
         return self._dst
 
@@ -373,13 +434,20 @@ class DistributedCache(_Reading):
         """Write the content to a new folder: a collective. A holder writes, one rename publishes, all learn of it.
 
         `info`: words for the manifest, such as `model="…"`. FileExistsError if the folder is there: on the rank that
-        writes, `PeerFailed` with its words on the others. They wait for as long as it's alive.
+        writes, `PeerFailed` with its words on the others. They wait for as long as it's alive. With dst="shard" every
+        rank writes its part, and rank 0 publishes.
         """
-        from distcache import store  # above this module in the import order, so only when asked
+        from distcache import sharded, store  # above this module in the import order, so only when asked
 
         self._check_open()
-        writer = self._dst or 0
+        writer = self._dst if type(self._dst) is int else 0
+        if self._dst == "shard":
+            with self._ending():
+                self._check_settled()
         try:
+            if self._dst == "shard":
+                sharded.save(self._comm, self._attempt, self._wait_s, self._held, path, info)
+                return
             with attempt(self._comm, self._attempt, "save"):
                 arrive(self._comm, self._attempt, self._wait_s, "save")
                 if self.rank == writer:

@@ -39,7 +39,7 @@ class MergeInDoubt(DistcacheError, RuntimeError):
 
 
 class HeldElsewhere(DistcacheError, KeyError):
-    """The content lives on another rank (`dst=r`); this one holds only its names."""
+    """What is read lives on another rank (`dst=r`, or a reduction with `dst="shard"`); this one knows only its name."""
 
     def __str__(self) -> str:  # KeyError would show the repr of the message
         return str(self.args[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,9 @@ from torch import Tensor
 from distcache import codec
 from distcache.cache import REDUCED, ActivationCache, KeptEntry, _registered
 from distcache.comm import Communicator, StoreLost, Transfer, held_interrupts
+from distcache.entries import copied
 from distcache.errors import DuplicateSamples, MergeInDoubt, SchemaMismatch, TooLarge
+from distcache.join import Renumber
 from distcache.ledger import Ledger
 from distcache.memory import available_bytes, human
 from distcache.plan import (
@@ -30,6 +32,7 @@ from distcache.plan import (
     MergePlan,
     Offer,
     Payload,
+    Shards,
     Table,
     buckets,
     make_plan,
@@ -48,7 +51,7 @@ from distcache.protocol import (
     vote,
 )
 from distcache.schema import DIGEST_MODULUS, KeySchema, digest_of, natural_order, strategy_facts, union
-from distcache.segments import Arena
+from distcache.segments import Arena, Cut
 from distcache.strategies import Columns, Fieldwise, Function, Piece, Rows, State, Strategy, Value, described
 
 log = logging.getLogger("distcache")
@@ -68,6 +71,7 @@ class Facts:
     epoch: int = 0  # merges that were committed
     usual_digest: int = 0  # of what all deltas brought to the last merge in which they agreed
     usual_kept: tuple[str, ...] = ()  # those of its keys whose values are kept, sorted
+    shards: Shards | None = None  # with dst="shard", once something was merged
 
 
 @dataclass(slots=True)
@@ -88,6 +92,7 @@ class Held:
     """What one rank holds: committed content, what is known of it, and the delta that isn't merged yet.
 
     `spare`: memory for the next merge's scratch. `doubt`: what this rank voted for and never learned the decision on.
+    `cut`: with dst="shard", of the layout that was merged last.
     """
 
     content: ActivationCache
@@ -95,6 +100,7 @@ class Held:
     delta: ActivationCache
     spare: Arena | None = None
     doubt: Merged | None = None
+    cut: Cut | None = None
 
     def adopt(self, merged: Merged) -> None:
         """Swap pointers, empty the delta. Its room is kept, so that the same keys cost nothing the next time."""
@@ -118,7 +124,10 @@ def new_delta(content: ActivationCache) -> ActivationCache:
 
 @dataclass(slots=True)
 class Party:
-    """One rank's part in a merge: what it holds and the limits it was given."""
+    """One rank's part in a merge: what it holds and the limits it was given.
+
+    `shard`: rows stay where they are, and each reduction goes to its owner; `dst` is None then.
+    """
 
     comm: Communicator
     number: int  # of the attempt, the same on every rank
@@ -127,6 +136,7 @@ class Party:
     wait_s: float
     bucket_bytes: int
     dealt: int
+    shard: bool = False
 
     @property
     def holds_content(self) -> bool:
@@ -170,7 +180,7 @@ class Settings(NamedTuple):
     """What ranks must have been set up with alike: a row of int64."""
 
     version: int  # of what ranks exchange
-    dst: int  # -1: all ranks hold the content
+    dst: int  # -1: all ranks hold the content; -2: in shards
     bucket_bytes: int
 
 
@@ -180,9 +190,11 @@ def agree(party: Party) -> tuple[MergePlan, list[Offer], list[Record]]:
     facts, poll = held.facts, poll_decision(comm)
     if delta:
         delta._arena.compact()  # room of keys that did not come back would be moved
-    offer = make_offer(delta)
+    shards = (facts.shards or Shards.none(comm.world_size)) if party.shard else None
+    offer = make_offer(delta, held.content if party.shard else None)
     blob = codec.encode(offer.to_plain()) if offer else b""
-    settings = Settings(VERSION, -1 if party.dst is None else party.dst, party.bucket_bytes)
+    everywhere = -2 if party.shard else -1
+    settings = Settings(VERSION, everywhere if party.dst is None else party.dst, party.bucket_bytes)
     mine = Record(
         digest_of(*settings),
         delta._content_digest,
@@ -204,6 +216,7 @@ def agree(party: Party) -> tuple[MergePlan, list[Offer], list[Record]]:
         blobs = comm.gather_bytes(blob, [record.blob_nbytes for record in records], poll)
         offers = [Offer.from_plain(codec.decode(theirs)) if theirs else Offer() for theirs in blobs]
     brought = agreed(records, facts.usual_digest)
+    sizes = None
     if brought is None:
         own = delta._schemas()
         assert len(own) == len(delta)  # whatever else it held would be lost
@@ -218,8 +231,9 @@ def agree(party: Party) -> tuple[MergePlan, list[Offer], list[Record]]:
             assert len(own) == len(delta)
             schemas = union(list(own.values()), busy.repeat(len(own), 1), facts.schemas)
             kept = tuple(sorted(delta._kept()))
+            sizes = delta._arena.sizes() if party.shard else None
         holdings = Holdings(kept, busy.repeat(len(kept), 1))
-    return make_plan(schemas, holdings, offers, facts.indexed), offers, records
+    return make_plan(schemas, holdings, offers, facts.indexed, shards, sizes), offers, records
 
 
 def check_settings(settings: Sequence[Settings]) -> None:
@@ -296,14 +310,14 @@ def _exchange_schemas(
     speaks = any(ranks[0] == comm.rank for ranks in alike.values())
     common = mine
     if len(alike.get(records[usual].content_digest, ())) < comm.world_size:
-        told = _tell_all(party, codec.encode([_listed(s.facts()) for s in mine]) if comm.rank == usual else b"")
+        told = tell_all(comm, codec.encode([_listed(s.facts()) for s in mine]) if comm.rank == usual else b"")
         common = [KeySchema.from_facts(facts) for facts in codec.decode(told[usual])] if alike else []
     numbers = {schema: number for number, schema in enumerate(common)}
     holds = {usual: list(numbers.values())}
     if len(alike) > 1:
         has = np.array([schemas.get(schema.key) == schema for schema in common], dtype=bool)
         beyond = [_listed(schema.facts()) for schema in mine if schema not in numbers]
-        told = _tell_all(party, codec.encode([np.packbits(has).tobytes(), beyond]) if speaks else b"")
+        told = tell_all(comm, codec.encode([np.packbits(has).tobytes(), beyond]) if speaks else b"")
         for rank in sorted(ranks[0] for ranks in alike.values()):
             bits, more = codec.decode(told[rank])
             has = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=len(common))
@@ -345,11 +359,11 @@ def _exchange_rooms(
     return rooms
 
 
-def _tell_all(party: Party, blob: bytes) -> list[bytes]:
-    """Every rank's bytes, of a length that only it knows."""
-    poll = poll_decision(party.comm)
-    sizes = [row[0] for row in party.comm.gather([len(blob)], poll)]
-    return party.comm.gather_bytes(blob, sizes, poll)
+def tell_all(comm: Communicator, blob: bytes) -> list[bytes]:
+    """Every rank's bytes, of a length that only it knows: a collective."""
+    poll = poll_decision(comm)
+    sizes = [row[0] for row in comm.gather([len(blob)], poll)]
+    return comm.gather_bytes(blob, sizes, poll)
 
 
 def _listed(value: Any) -> Any:
@@ -373,12 +387,17 @@ def joined_ledger(content: Ledger, offers: Sequence[Offer]) -> Ledger:
     return joined
 
 
-def make_offer(delta: ActivationCache) -> Offer:
-    """What a delta's kept values come to in rows and bytes."""
+def make_offer(delta: ActivationCache, content: ActivationCache | None = None) -> Offer:
+    """What a delta's kept values come to in rows and bytes.
+
+    `content`: where rows stay beside it on this rank: those that they add to its own, each once.
+    """
+    earlier = {} if content is None else content._kept()
     rows: list[tuple[int, int]] = []
     lists: list[tuple[int, bool]] = []
     tables: list[Table] = []
     numbers: dict[tuple[int, ...], int] = {}
+    added: dict[tuple[int, ...], int] = {}
     for _, entry in sorted(delta._kept().items()):
         if not isinstance(entry.state, Rows):
             lists.append((len(encode_list(entry.state)), _indexed(entry.state)))
@@ -391,7 +410,14 @@ def make_offer(delta: ActivationCache) -> Offer:
                 numbers[identity] = len(tables)
                 tables.append(_table_of(pieces))
             number = numbers[identity]
-        rows.append((sum(len(piece.value_n) for piece in pieces), number))
+        count = sum(len(piece.value_n) for piece in pieces)
+        if content is not None and pieces and pieces[0].columns is not None and pieces[0].columns.indexed:
+            before = earlier[entry.schema.key].state.pieces if entry.schema.key in earlier else []
+            identity = tuple(id(piece.columns) for piece in [*before, *pieces])
+            if identity not in added:  # once for all keys that share their columns
+                added[identity] = Rows([*before, *pieces]).num_read - (Rows(before).num_read if before else 0)
+            count = added[identity]
+        rows.append((count, number))
     num_rows, table_of = np.array(rows, dtype=np.int64).reshape(-1, 2).T
     nbytes, indexed = np.array(lists, dtype=np.int64).reshape(-1, 2).T
     ledger = tuple(delta._ledger.to_plain())
@@ -439,9 +465,12 @@ def move(party: Party, plan: MergePlan, offers: Sequence[Offer], records: Sequen
     spare, held.spare = held.spare, None  # if this comes to nothing, operations may still write there
     scratch = _scratch(held.delta, plan, strategies, spare)
     layout = None if plan.relaid is None else scratch.blank()
-    changed = bool(scratch.entries or plan.sole)
-    _reduce(party, plan, scratch)
+    cut = _cut(party, plan, scratch)
+    _reduce(party, scratch, cut)
     buffers = _send(party, plan)
+    states = scratch if cut is None else cut.part(scratch)
+    arrived = _unpack(plan, buffers, first)
+    changed = bool(states.entries or arrived.states)
     content = ActivationCache()
     content._registry = held.content._registry
     content._ledger = facts.ledger
@@ -449,11 +478,11 @@ def move(party: Party, plan: MergePlan, offers: Sequence[Offer], records: Sequen
     if not changed:
         content._arena = held.content._arena
     if party.holds_content:
-        _build(content, held.content, scratch, plan, strategies, _unpack(plan, buffers, first))
+        _build(content, held.content, states, plan, strategies, arrived, _rows(party, plan, arrived, first))
         for notes in (held.content._notes, *(offer.notes for offer in offers)):
             for key, note in notes.items():
                 content._notes.setdefault(key, note)
-    spare = held.content._arena if changed and party.holds_content else scratch
+    spare = held.content._arena if changed and party.holds_content and cut is None else scratch
     return Merged(content, facts, layout, spare)
 
 
@@ -474,7 +503,7 @@ def _new_facts(
         usual = sum(schema.digest for schema in plan.schemas.values()) % DIGEST_MODULUS
     ledger = joined_ledger(facts.ledger, offers)
     kept = tuple(sorted(plan.kept))
-    return Facts(schemas, plan.indexed, ledger, num_samples, digest, facts.epoch + 1, usual, kept)
+    return Facts(schemas, plan.indexed, ledger, num_samples, digest, facts.epoch + 1, usual, kept, plan.shards)
 
 
 def _strategies(party: Party, plan: MergePlan) -> dict[str, Strategy]:
@@ -517,6 +546,9 @@ def _check_memory(party: Party, plan: MergePlan) -> None:
     # What the content holds beyond this merge's keys is added to scratch, if there is any.
     kept = plan.schemas is not held.facts.schemas and any(k not in plan.schemas for k in held.content._arena.entries)
     beside = {kind: kept * arena_nbytes(held.content._arena, kind) for kind in ("cpu", "cuda")}
+    if party.shard and plan.relaid is None:  # each rank copies about as much out of scratch
+        for kind in beside:
+            beside[kind] += -(-arena_nbytes(held.delta._arena, kind) // comm.world_size)
     for kind in ("cpu", "cuda"):
         sharing = comm.colocated if kind == "cpu" else (comm.rank,)
         need = [needed_bytes(plan, rank, kind, party.dst, delta_nbytes[kind], beside[kind]) for rank in sharing]
@@ -528,7 +560,8 @@ def _check_memory(party: Party, plan: MergePlan) -> None:
             others = f" and {len(sharing) - 1} more on its host" if len(sharing) > 1 else ""
             raise TooLarge(
                 f"the merge needs {human(sum(need))} beside content and delta on rank {comm.rank}{others} ({kind}), "
-                f"{human(free)} are free. Merge more often, keep fewer rows, or hold the result on one rank: dst=0."
+                f"{human(free)} are free. Merge more often, keep fewer rows, or hold the result on one rank, dst=0, "
+                'or in shards, dst="shard".'
             )
 
 
@@ -559,7 +592,17 @@ def _scratch(delta: ActivationCache, plan: MergePlan, strategies: Mapping[str, S
     return delta._arena.relaid(schemas, fieldwise, plan.capacities, devices)
 
 
-def _reduce(party: Party, plan: MergePlan, scratch: Arena) -> None:
+def _cut(party: Party, plan: MergePlan, scratch: Arena) -> Cut | None:
+    """Who owns what of scratch; None where the content lies whole."""
+    held = party.held
+    if plan.shards is None:
+        return None
+    if held.cut is None or not held.cut.fits(scratch, plan.shards.owners):
+        held.cut = Cut(scratch, plan.shards.owners, party.comm.rank)
+    return held.cut
+
+
+def _reduce(party: Party, scratch: Arena, cut: Cut | None) -> None:
     """Reduce every segment of scratch over ranks, in rounds: totals, then what is centred on them."""
     comm = party.comm
     _fold_gathered(party, scratch)
@@ -574,14 +617,18 @@ def _reduce(party: Party, plan: MergePlan, scratch: Arena) -> None:
         transfers, flipped = [], []
         for segment_id in (s for s in reduced if s.round == number):
             # What a later round is centred on is needed everywhere; the rest only where the content is held.
-            root = None if segment_id.apart and number < rounds[-1] else party.dst
-            for part in scratch.segments[segment_id].filled():
+            everywhere = segment_id.apart != "" and number < rounds[-1]
+            for chunk, part in enumerate(scratch.segments[segment_id].filled()):
                 wire = part
                 if segment_id.reduction != "sum" and part.is_floating_point():
                     wire = as_sortable(part, largest=segment_id.reduction == "max")
                     flipped.append(wire)
-                for start, stop in buckets(part.numel(), part.element_size(), party.bucket_bytes):
-                    transfers.append(Transfer(wire[start:stop], segment_id.reduction, root=root))
+                spans = [(0, part.numel(), None if everywhere else party.dst)]
+                if cut is not None and not everywhere:
+                    spans = [(s.start, s.stop, s.owner) for s in cut.spans.get(segment_id, ()) if s.chunk == chunk]
+                for low, high, root in spans:
+                    for start, stop in buckets(high - low, part.element_size(), party.bucket_bytes):
+                        transfers.append(Transfer(wire[low + start : low + stop], segment_id.reduction, root=root))
         comm.run(transfers, poll_decision(comm))
         for wire in flipped:
             _flip(wire)
@@ -643,22 +690,25 @@ def _flip(wire: Tensor) -> None:
     wire.bitwise_xor_((wire >> bits).bitwise_and_((1 << bits) - 1))
 
 
-def _send(party: Party, plan: MergePlan) -> list[Tensor]:
-    """The bytes of the plan's payloads, in its order, where content is held; elsewhere only of this rank's own."""
+def _send(party: Party, plan: MergePlan) -> list[Tensor | None]:
+    """The bytes of the plan's payloads, in its order; None for those that go to others."""
     comm = party.comm
-    buffers, transfers = [], []
+    buffers: list[Tensor | None] = []
+    transfers = []
     for payload in plan.payloads:
-        mine = payload.rank == comm.rank
-        if not mine and not party.holds_content:
+        mine, to = payload.rank == comm.rank, party.dst if payload.to is None else payload.to
+        taken = to in (None, comm.rank)
+        if not mine and not taken:
+            buffers.append(None)
             continue
         with torch.inference_mode(False):
             buffer = torch.empty(payload.nbytes, dtype=torch.uint8, device=_device(payload.device))
         if mine:
             pack(party.held.delta, payload, buffer)
-        buffers.append(buffer)
-        if payload.rank != party.dst:
+        buffers.append(buffer if taken else None)
+        if payload.rank != to:
             for start, stop in buckets(payload.nbytes, 1, party.bucket_bytes):
-                transfers.append(Transfer(buffer[start:stop], "copy", root=payload.rank, to=party.dst))
+                transfers.append(Transfer(buffer[start:stop], "copy", root=payload.rank, to=to))
     comm.run(transfers, poll_decision(comm))
     return buffers
 
@@ -701,11 +751,12 @@ class _Arrived:
     states: dict[str, State] = field(default_factory=dict)
 
 
-def _unpack(plan: MergePlan, buffers: Sequence[Tensor], first: Sequence[int]) -> _Arrived:
+def _unpack(plan: MergePlan, buffers: Sequence[Tensor | None], first: Sequence[int]) -> _Arrived:
     """`first`: by rank, the number of its first sample without an index."""
     placed = [
         (payload.rank, block, _tensor(buffer, block))
         for payload, buffer in zip(plan.payloads, buffers, strict=True)
+        if buffer is not None
         for block in payload.blocks
     ]
     by_name: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -730,6 +781,53 @@ def _unpack(plan: MergePlan, buffers: Sequence[Tensor], first: Sequence[int]) ->
     return arrived
 
 
+class ShardRows(Rows):
+    """One rank's rows of a concatenation that lies in shards: they stay as they came, each piece with the number of the
+    merge that brought it, because saving puts those of all ranks in the order in which one would have got them.
+
+    So they are joined, in the samples' order, each time they are read.
+    """
+
+    __slots__ = ("epochs",)
+
+    def __init__(self, pieces: Iterable[Piece], epochs: Iterable[int]) -> None:
+        super().__init__(pieces)
+        self.epochs = list(epochs)
+
+    def together(self) -> ShardRows:
+        return self
+
+
+def _rows(party: Party, plan: MergePlan, arrived: _Arrived, first: Sequence[int]) -> dict[str, Rows]:
+    """The plan's concatenations: what was there first, then rank 0's rows, then rank 1's; in shards this rank's own."""
+    held = party.held
+    earlier = held.content._kept()
+    found: dict[str, Rows] = {}
+    for key, pieces in arrived.pieces.items():
+        before = earlier[key].state.pieces if key in earlier else []
+        found[key] = Rows([*before, *_full(pieces)])
+    if not party.shard:
+        return found
+    own, renumber, epoch = held.delta._kept(), Renumber(first=first[party.comm.rank]), held.facts.epoch
+    for key in plan.kept:
+        schema = plan.schemas[key]
+        if schema.kind != "rows":
+            continue
+        state = earlier[key].state if key in earlier else ShardRows([], [])
+        new = _full(renumber.state(copied(own[key].state), key).pieces) if key in own else []
+        if not (state.pieces or new):
+            none = (0, *(schema.row_shape or ()))
+            empty = torch.empty(none, dtype=codec.dtype_named(schema.dtype or ""), device=_device(schema.device))
+            new = [Piece(empty, None)]
+        found[key] = ShardRows([*state.pieces, *new], [*state.epochs, *[epoch] * len(new)])
+    return found
+
+
+def _full(pieces: list[Piece]) -> list[Piece]:
+    """The pieces that have rows; one without where none has."""
+    return [piece for piece in pieces if len(piece.value_n)] or pieces[:1]
+
+
 def _build(
     content: ActivationCache,
     old: ActivationCache,
@@ -737,6 +835,7 @@ def _build(
     plan: MergePlan,
     strategies: Mapping[str, Strategy],
     arrived: _Arrived,
+    rows: Mapping[str, Rows],
 ) -> None:
     """Fill `content`: what was there first, then rank 0's values, then rank 1's. `old` is only read."""
     if scratch.entries or arrived.states:
@@ -747,17 +846,15 @@ def _build(
         content._put_state((key,), strategy, state, result, leading=False)
     if content._arena is not old._arena:
         scratch.fold_arena(old._arena)
-    if content._arena.lies_like(old._arena) and not (arrived.pieces or arrived.lists):
+    if content._arena.lies_like(old._arena) and not (rows or arrived.lists):
         content._share_keys(old)
         return
     content._entries = dict.fromkeys(content._arena.entries, REDUCED)
     earlier = old._kept()
     for key, entry in earlier.items():
         content._set_kept(key, entry.strategy, entry.state)
-    for key, pieces in arrived.pieces.items():
-        before = earlier[key].state.pieces if key in earlier else []
-        full = [piece for piece in pieces if len(piece.value_n)] or pieces[:1]
-        content._set_kept(key, strategies[key], Rows([*before, *full]))
+    for key, state_of_rows in rows.items():
+        content._set_kept(key, strategies[key], state_of_rows)
     for key, states in arrived.lists.items():
         content._set_kept(key, strategies[key], _joined_list(key, strategies[key], earlier.get(key), states))
     # Keys stand in one order on every rank: the content's, then new ones.

@@ -139,12 +139,16 @@ class _Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Payload:
-    """The bytes that one rank sends from one type of device: blocks side by side in one buffer."""
+    """The bytes that one rank sends from one type of device: blocks side by side in one buffer.
+
+    `to`: the one rank that takes them; None: whoever holds the content.
+    """
 
     rank: int
     device: str
     nbytes: int
     parts: tuple[_Part, ...]
+    to: int | None = None
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -161,12 +165,61 @@ class Payload:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Shards:
+    """Which rank has what of a content that lies in shards.
+
+    `owners`: the rank that holds each reduction; `nbytes`: by rank, what its reductions took when it came to own them.
+    `num_rows`: int64 [W], by rank, the rows of each concatenation.
+    """
+
+    owners: Mapping[str, int]
+    nbytes: tuple[int, ...]
+    num_rows: Mapping[str, np.ndarray]
+
+    @classmethod
+    def none(cls, world_size: int) -> Shards:
+        return cls({}, (0,) * world_size, {})
+
+    def owning(self, sizes: Mapping[str, int]) -> Shards:
+        """With owners for keys of these bytes, in stretches of this order: who owns least gets most.
+
+        Who owns a key keeps it. In integers: every rank must find the same, whatever its processor.
+        """
+        new = {key: max(1, nbytes) for key, nbytes in sizes.items() if key not in self.owners}
+        if not new:
+            return self
+        num_ranks, size = len(self.nbytes), sum(new.values())
+        rooms = [max(0, sum(self.nbytes) + size - num_ranks * held) for held in self.nbytes]
+        owners, owned = dict(self.owners), list(self.nbytes)
+        all_room = sum(rooms)
+        rank, start, room = 0, 0, rooms[0]
+        for key, nbytes in new.items():
+            # A key goes to the rank in whose stretch of all rooms its middle lies, were these stretched to `size`.
+            while rank + 1 < num_ranks and (2 * start + nbytes) * all_room > 2 * room * size:
+                rank += 1
+                room += rooms[rank]
+            start += nbytes
+            owners[key] = rank
+            owned[rank] += nbytes
+        return Shards(owners, tuple(owned), self.num_rows)
+
+    def counting(self, keys: Sequence[str], num_rows: np.ndarray) -> Shards:
+        """With that many rows more, int64 [K, W]."""
+        if not keys:
+            return self
+        none = np.zeros(len(self.nbytes), dtype=np.int64)
+        more = {key: self.num_rows.get(key, none) + row for key, row in zip(keys, num_rows, strict=True)}
+        return Shards(self.owners, self.nbytes, {**self.num_rows, **more})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class MergePlan:
     """Who reduces and who sends what.
 
     `relaid`: the keys to reduce, in this order, where layouts differ; None where segments go as they are. `sole`: the
     one holder of each key whose state is sent. `kept`: the keys whose values are sent. `indexed`: of all keys that have
-    any values in the content or here, whether these carry the samples' indices.
+    any values in the content or here, whether these carry the samples' indices. `shards`: who will have what; None
+    where the content lies whole.
     """
 
     schemas: Mapping[str, KeySchema]
@@ -177,6 +230,7 @@ class MergePlan:
     indexed: Mapping[str, bool]
     payloads: tuple[Payload, ...]
     tables: tuple[tuple[Table, ...], ...]  # by rank
+    shards: Shards | None = None
 
     def explain(self) -> str:
         """The plan in a few lines, for logs."""
@@ -191,31 +245,50 @@ def make_plan(
     holdings: Holdings,
     offers: Sequence[Offer],
     content_indexed: Mapping[str, bool],
+    shards: Shards | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> MergePlan:
     """The plan of a merge; `schemas`, whose order is the plan's, has every key of `holdings` and maybe more.
 
     A state with one holder is sent, one with several is reduced, the others bringing identities.
     `SchemaMismatch` where some rows carry the samples' indices and some don't.
+
+    `shards`: of the content, where it lies in shards: then rows stay where they are, and each state goes to its owner.
+    `sizes`: with them, the bytes of each state in the order in which they lie, where layouts agree.
     """
     rows, lists = (_Kept(kind, schemas, holdings, content_indexed) for kind in ("rows", "list"))
     capacities, relaid, sole = _fields(schemas, holdings)
-    fields: dict[int, list[_Item]] = {}
+    if shards is not None:
+        if holdings.rooms is not None:
+            sizes = {key: _state_nbytes(schemas[key], room) for key, room in capacities.items()}
+        shards = shards.owning(sizes or {}).counting(rows.keys, rows.counted(offers))
+    fields: dict[int, dict[int | None, list[_Item]]] = {}  # by who sends them, to whom
     for key, rank in sole.items():
         device, room = schemas[key].device, capacities[key]
         items = [_Item(device, "field", key, f.name, f.dtype, room[f.name]) for f in schemas[key].fields]
-        fields.setdefault(rank, []).extend(items)
+        to = shards.owners[key] if shards is not None else None
+        fields.setdefault(rank, {}).setdefault(to, []).extend(items)
     payloads: list[Payload] = []
     for rank, offer in enumerate(offers):
         table_indexed = np.array([*(table.indexed for table in offer.tables), False])  # of table -1: the last
         rows.check_indexed(rank, offer.num_rows > 0, table_indexed[offer.table_of])
         lists.check_indexed(rank, offer.list_nbytes >= 0, offer.list_indexed > 0)
-        parts = [
-            *rows.parts(rank, offer.num_rows, offer.table_of),
-            *_columns(offer.tables),
+        states = fields.get(rank, {})
+        parts = (
+            []
+            if shards is not None
+            else [
+                *rows.parts(rank, offer.num_rows, offer.table_of),
+                *_columns(offer.tables),
+            ]
+        )
+        parts += [
             *lists.parts(rank, offer.list_nbytes, np.full_like(offer.list_nbytes, -1)),
-            *_states(fields.get(rank, ())),
+            *_states(states.pop(None, ())),
         ]
         payloads.extend(_payloads(rank, parts))
+        for to, items in states.items():
+            payloads.extend(_payloads(rank, list(_states(items)), to))
     return MergePlan(
         schemas,
         None if holdings.rooms is None else tuple(relaid),
@@ -225,6 +298,7 @@ def make_plan(
         {**content_indexed, **rows.indexed(), **lists.indexed()} if rows.keys or lists.keys else content_indexed,
         tuple(payloads),
         tuple(offer.tables for offer in offers),
+        shards,
     )
 
 
@@ -286,6 +360,13 @@ class _Kept:
             some = there[which] if len(self._on) > 1 else slice(None)
             yield _Part(self._items, which[some], num_rows[some], nbytes[some], table_of[some])
 
+    def counted(self, offers: Sequence[Offer]) -> np.ndarray:
+        """The rows that ranks bring, int64 [K, W]."""
+        found = np.zeros((len(self.keys), len(offers)), dtype=np.int64)
+        for rank, offer in enumerate(offers):
+            found[self._places[rank], rank] = offer.num_rows
+        return found
+
     def check_indexed(self, rank: int, some: np.ndarray, indexed: np.ndarray) -> None:
         """`SchemaMismatch` unless this rank's values, of keys of which it has `some`, are as those that came before."""
         places, flags = self._places[rank], indexed.astype(np.int64)
@@ -321,7 +402,7 @@ def _states(items: Sequence[_Item]) -> Iterator[_Part]:
         yield _Part.of(there, [1] * len(there), [-1] * len(there))
 
 
-def _payloads(rank: int, parts: Sequence[_Part]) -> Iterator[Payload]:
+def _payloads(rank: int, parts: Sequence[_Part], to: int | None = None) -> Iterator[Payload]:
     by_device: dict[str, list[_Part]] = {}
     for part in parts:
         if len(part.which):
@@ -329,7 +410,7 @@ def _payloads(rank: int, parts: Sequence[_Part]) -> Iterator[Payload]:
     for device, found in sorted(by_device.items()):
         nbytes = np.concatenate([part.nbytes for part in found])
         padded = -(-nbytes // ALIGNMENT) * ALIGNMENT
-        yield Payload(rank, device, int(padded[:-1].sum() + nbytes[-1]), tuple(found))
+        yield Payload(rank, device, int(padded[:-1].sum() + nbytes[-1]), tuple(found), to)
 
 
 def needed_bytes(
@@ -338,19 +419,29 @@ def needed_bytes(
     """Bytes that a rank's merge takes on one type of device, beside its content and delta.
 
     `delta_nbytes`: of this rank's segments, which are every rank's where layouts agree. `content_nbytes`: of the
-    content's segments that are copied, where the content is held.
+    content's segments that are copied, where the content is held, and of what is copied out of scratch where layouts
+    agree.
     """
     holds = dst in (None, rank)
-    sent = sum(p.nbytes for p in plan.payloads if p.device == device and (holds or p.rank == rank))
+    sent = sum(
+        p.nbytes for p in plan.payloads if p.device == device and (p.rank == rank or (holds and p.to in (None, rank)))
+    )
     scratch = delta_nbytes if plan.relaid is None else _fields_nbytes(plan, plan.relaid, device)
+    if plan.shards is not None:  # what a rank owns is copied out of scratch, or sent to it
+        owned = (key for key in (*(plan.relaid or ()), *plan.sole) if plan.shards.owners[key] == rank)
+        return sent + scratch + _fields_nbytes(plan, owned, device) + content_nbytes
     if holds:  # a state that was sent joins the others in scratch
         scratch += _fields_nbytes(plan, plan.sole, device) + content_nbytes
     return sent + scratch
 
 
 def _fields_nbytes(plan: MergePlan, keys: Iterable[str], device: str) -> int:
-    found = [(key, f) for key in keys for f in plan.schemas[key].fields if plan.schemas[key].device == device]
-    return sum(math.prod(plan.capacities[key][f.name]) * dtype_named(f.dtype).itemsize for key, f in found)
+    found = [key for key in keys if plan.schemas[key].device == device]
+    return sum(_state_nbytes(plan.schemas[key], plan.capacities[key]) for key in found)
+
+
+def _state_nbytes(schema: KeySchema, room: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(room[f.name]) * dtype_named(f.dtype).itemsize for f in schema.fields)
 
 
 def buckets(numel: int, itemsize: int, bucket_bytes: int) -> list[tuple[int, int]]:

@@ -178,34 +178,36 @@ _SPENT, _SAVING = 1 << 20, 1 << 40  # in the count of arrivals: whose groups are
 _BITS = 62  # ranks a counter of the store can tell apart
 
 
-def _missing(comm: Communicator, number: int) -> list[int]:
+def _missing(comm: Communicator, place: str) -> list[int]:
     """The ranks that have not come, beginning with the next."""
-    here = [comm.store.add(f"{number}/here/{i}", 0) for i in range(-(-comm.world_size // _BITS))]
+    here = [comm.store.add(f"{place}/here/{i}", 0) for i in range(-(-comm.world_size // _BITS))]
     return [rank for rank in _peers(comm) if not here[rank // _BITS] >> rank % _BITS & 1]
 
 
-def arrive(comm: Communicator, number: int, wait_s: float, what: str) -> None:
+def arrive(comm: Communicator, number: int, wait_s: float, what: str, stage: str = "") -> None:
     """Wait in the store, never in a collective, until every rank has come; then no rank waits for work.
 
     A peer that is alive is waited for up to `wait_s`; one that is silent for `comm.timeout_s` is given up.
-    `what`: "merge" or "save"; `SchemaMismatch` on every rank where they differ.
+    `what`: "merge" or "save"; `SchemaMismatch` on every rank where they differ. `stage`: of an attempt in which ranks
+    work in between, another than the first; `leave_stage` once all have come.
     """
     store, heart, everyone = comm.store, comm.heart, comm.world_size
     if heart is None:
         return
+    place = f"{number}{stage}"
     heart.watch(decision_key(number))
     # With the count all learn, at no further cost, whether groups must be made anew and whether all want the same. It
     # comes first: a rank that is lost between the two is counted or missing, and never neither.
-    count = store.add(f"{number}/count", 1 + _SPENT * comm.broken + _SAVING * (what == "save"))
-    store.add(f"{number}/here/{comm.rank // _BITS}", 1 << comm.rank % _BITS)
+    count = store.add(f"{place}/count", 1 + _SPENT * comm.broken + _SAVING * (what == "save"))
+    store.add(f"{place}/here/{comm.rank // _BITS}", 1 << comm.rank % _BITS)
     started = looked = time.monotonic()
     nap_s, named = 0.0002, set[int]()
     longest_nap_s = 0.05 * max(1.0, everyone / 256)
-    watch = _Watch(comm, lambda: _missing(comm, number), comm.timeout_s / 4)
+    watch = _Watch(comm, lambda: _missing(comm, place), comm.timeout_s / 4)
     while count % _SPENT < everyone:
         time.sleep(nap_s)
         nap_s = min(nap_s * 1.3, longest_nap_s)
-        count = store.add(f"{number}/count", 0)
+        count = store.add(f"{place}/count", 0)
         now = time.monotonic()
         if now - looked < heart.interval_s / 2 or count % _SPENT == everyone:
             continue
@@ -219,13 +221,12 @@ def arrive(comm: Communicator, number: int, wait_s: float, what: str) -> None:
             if silent_s > comm.timeout_s / 2 and rank not in named:
                 named.add(rank)
                 log.warning("rank %d waits for %s, silent for %.0f s", comm.rank, comm.name(rank), silent_s)
-        if now - started > wait_s and (missing := _missing(comm, number)):
+        if now - started > wait_s and (missing := _missing(comm, place)):
             raise Decided(end_attempt(comm, number, min(missing), f"is alive but did not come within {wait_s=:g}"))
     check_decision(comm, number)
-    if comm.rank == 0 and number > 0:
+    if comm.rank == 0 and number > 0 and not stage:
         # Everybody has come here, so nobody looks at the last attempt any more.
-        here = [f"here/{i}" for i in range(-(-everyone // _BITS))]
-        for key in ("count", "votes", "decision", *here):
+        for key in ("count", "votes", "decision", *_here(comm)):
             store.delete(f"{number - 1}/{key}")
     saving = count // _SAVING
     if saving not in (0, everyone):
@@ -235,6 +236,16 @@ def arrive(comm: Communicator, number: int, wait_s: float, what: str) -> None:
         )
     if count % _SAVING >= _SPENT:
         comm.rebuild(str(number))
+
+
+def leave_stage(comm: Communicator, number: int, stage: str) -> None:
+    """Forget a stage of an attempt, on one rank, once all have passed it."""
+    for key in ("count", *_here(comm)):
+        comm.store.delete(f"{number}{stage}/{key}")
+
+
+def _here(comm: Communicator) -> list[str]:
+    return [f"here/{i}" for i in range(-(-comm.world_size // _BITS))]
 
 
 def check_decision(comm: Communicator, number: int) -> None:

@@ -8,6 +8,7 @@ rest, until somebody else moves in.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,6 +88,15 @@ class Entry:
             and self.slots.keys() == other.slots.keys()
             and all(slot.precedes(other.slots[name]) for name, slot in self.slots.items())
         )
+
+
+class Span(NamedTuple):
+    """A stretch of a chunk, in elements, whose states one rank owns."""
+
+    chunk: int
+    start: int
+    stop: int
+    owner: int
 
 
 class Segment:
@@ -169,6 +179,15 @@ class Segment:
                     spare.chunks, self.used, self.filled(), strict=True)]  # fmt: skip
             else:
                 twin.chunks = [part.clone() for part in self.filled()]
+        return twin
+
+    def part(self, stretches: Sequence[Span]) -> Segment:
+        """A copy of some stretches, each a chunk of its own."""
+        twin = object.__new__(Segment)
+        twin.dtype, twin.identity, twin.device = self.dtype, self.identity, self.device
+        with torch.inference_mode(False):
+            twin.chunks = [self.chunks[span.chunk][span.start : span.stop].clone() for span in stretches]
+        twin.used, twin.holes = [len(chunk) for chunk in twin.chunks], []
         return twin
 
     def fits(self, spare: Segment | None) -> bool:
@@ -509,6 +528,15 @@ class Arena:
                 done.update(entry.slab)
                 yield entry.slab
 
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each key's state, in the order in which they lie: the same wherever layouts agree."""
+        first = {key: next(iter(entry.slots.values())) for key, entry in self.entries.items()}
+        ordered = sorted(first, key=lambda key: (first[key].segment, first[key].chunk, first[key].offset, key))
+        return {
+            key: sum(s.numel * dtype_named(s.segment.dtype).itemsize for s in self.entries[key].slots.values())
+            for key in ordered
+        }
+
     def capacities(self, key: str) -> dict[str, tuple[int, ...]]:
         """Field shapes with their room, by field."""
         return {name: slot.shape for name, slot in self.entries[key].slots.items()}
@@ -603,6 +631,59 @@ class Arena:
             theirs = other._views(part[0], len(part))
             self.make_room(part, entry.strategy, theirs, dtype_named(entry.schema.result or "float32"))
             self.fold(part, theirs)
+
+
+class Cut:
+    """An arena's layout cut among ranks: each key's state lies whole with its owner, neighbours of one owner together.
+
+    `spans`: by segment, in order. Made once a layout, so that later merges of it do no work per key.
+    """
+
+    def __init__(self, arena: Arena, owners: Mapping[str, int], rank: int) -> None:
+        self._owners, self._digests = owners, (arena.content_digest, arena.layout_digest)
+        places: dict[SegmentId, list[Span]] = {}
+        for key, entry in arena.entries.items():
+            for slot in entry.slots.values():
+                end = slot.offset + max(1, slot.numel)  # a place even for no elements
+                places.setdefault(slot.segment, []).append(Span(slot.chunk, slot.offset, end, owners[key]))
+        self.spans = {segment_id: _joined(found) for segment_id, found in places.items()}
+        self._mine = {
+            segment_id: [span for span in spans if span.owner == rank] for segment_id, spans in self.spans.items()
+        }
+        self._part = Arena()  # without memory: what lies where
+        for key, entry in arena.entries.items():
+            if owners[key] == rank:
+                slots = {name: self._moved(slot) for name, slot in entry.slots.items()}
+                self._part._enter(Entry(entry.strategy, entry.schema, slots, (key,)))
+
+    def _moved(self, slot: Slot) -> Slot:
+        mine = self._mine[slot.segment]
+        number = bisect.bisect_right(mine, (slot.chunk, slot.offset), key=lambda span: (span.chunk, span.start)) - 1
+        return replace(slot, chunk=number, offset=slot.offset - mine[number].start)
+
+    def fits(self, arena: Arena, owners: Mapping[str, int]) -> bool:
+        """Whether it's this arena's layout that was cut, among these owners."""
+        return self._owners is owners and self._digests == (arena.content_digest, arena.layout_digest)
+
+    def part(self, arena: Arena) -> Arena:
+        """A copy of what this rank owns of an arena of that layout."""
+        twin = self._part.copy()
+        twin.segments = {
+            segment_id: arena.segments[segment_id].part(spans) for segment_id, spans in self._mine.items() if spans
+        }
+        return twin
+
+
+def _joined(places: Sequence[Span]) -> list[Span]:
+    """Places in order, neighbours of one owner as one."""
+    found: list[Span] = []
+    for place in sorted(places):
+        last = found[-1] if found else None
+        if last is not None and (last.chunk, last.owner) == (place.chunk, place.owner) and place.start <= last.stop:
+            found[-1] = last._replace(stop=max(last.stop, place.stop))
+        else:
+            found.append(place)
+    return found
 
 
 def _on(state: State, where: State) -> State:

@@ -5,6 +5,8 @@
       data.safetensors     the tensors, by number; the manifest says which is whose
       SHA256SUMS           of both, as `sha256sum -c` reads it
 
+A cache whose content lies in shards has a data file of each rank instead (see `sharded`).
+
 What is saved are states, so that a loaded cache merges on. Reductions of one strategy and shape lie stacked in
 one tensor per field, [K, …]: an entry of their own for each of thousands of keys would cost more than their bytes.
 
@@ -29,7 +31,7 @@ import shutil
 import stat
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -176,6 +178,16 @@ class Concatenated(_Part, frozen=True, tag="rows", tag_field="kind"):
     strategy: StrategyText | None = None
 
 
+class Scattered(_Part, frozen=True, tag="scattered", tag_field="kind"):
+    """Rows [n, …] in parts, one after the other, and `order`, int64: the rows of these to read, each at its place."""
+
+    key: str
+    parts: Annotated[tuple[Stored, ...], Meta(min_length=1)]
+    order: Stored | None = None
+    table: Size | None = None
+    strategy: StrategyText | None = None
+
+
 class Listed(_Part, frozen=True, tag="values", tag_field="kind"):
     """Whole values; without a strategy they are as they were set or recorded."""
 
@@ -201,7 +213,7 @@ class Manifest(_Part, frozen=True, kw_only=True):
     world_size: Annotated[int, Meta(ge=1)]
     info: dict[str, str]
     files: list[DataFile]
-    entries: list[Reduced | Concatenated | Listed]
+    entries: list[Reduced | Concatenated | Scattered | Listed]
     groups: list[Group]
     tables: list[Table]
     registry: list[Registration]
@@ -252,48 +264,71 @@ def save(
         TypeError: a value that can't be stored, with its key.
     """
     target = Path(path)
-    for name, word in (info or {}).items():
-        if not isinstance(name, str) or not isinstance(word, str):
-            raise TypeError(f"info is words by name, got {name!r}: {word!r}. Write it as text: {name}={str(word)!r}.")
-    _refuse_existing(target)
-    writer = _Writer()
-    parts = _collect(cache, writer)
-    draft = target.parent / f".{target.name[:48]}.{secrets.token_hex(4)}.tmp"
+    writer = Writer()
+    check_target(target, info or {})
+    parts = collect(cache, writer)
+    draft = target.parent / draft_name(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-        data = writer.write(draft / DATA)
-        manifest = Manifest(
-            format="distcache",
-            version=VERSION,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            versions=_versions(),
-            world_size=world_size,
-            info=dict(info or {}),
-            files=[DataFile(DATA, (draft / DATA).stat().st_size)],
-            **parts,
-        )
-        text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-        sums = f"{data}  {DATA}\n{_write(draft / MANIFEST, [text])}  {MANIFEST}\n"
-        _write(draft / SUMS, [sums.encode()])
-        _sync_folder(draft)
-        try:
-            draft.rename(target)
-        except OSError:
-            _refuse_existing(target)  # made by somebody else in the meantime
-            raise
-        _sync_folder(target.parent)
-    except BaseException as error:
+        with saying(target, writer):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft.mkdir()
+            data = writer.write(draft / DATA)
+            publish(draft, target, [data], info=dict(info or {}), world_size=world_size, **parts)
+    except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno is not None:
-            size = human(sum(stored.nbytes for stored, _ in writer.tensors))
-            where = f" ({error.filename})" if error.filename else ""
-            why = f"cannot save {size} to {target}: {error.strerror}{where}. Nothing was left there"
-            raise OSError(error.errno, why) from error
         raise
 
 
-def _refuse_existing(target: Path) -> None:
+def check_target(target: Path, info: Mapping[str, str]) -> None:
+    """FileExistsError, TypeError: before anything is written."""
+    for name, word in info.items():
+        if not isinstance(name, str) or not isinstance(word, str):
+            raise TypeError(f"info is words by name, got {name!r}: {word!r}. Write it as text: {name}={str(word)!r}.")
+    refuse_existing(target)
+
+
+def draft_name(target: Path) -> str:
+    """Of a folder beside the target, in which a save is written."""
+    return f".{target.name[:48]}.{secrets.token_hex(4)}.tmp"
+
+
+@contextlib.contextmanager
+def saying(target: Path, writer: Writer) -> Iterator[None]:
+    """What the disk reports is told with what was to be written, and where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        size = human(sum(stored.nbytes for stored, _ in writer.tensors))
+        where = f" ({error.filename})" if error.filename else ""
+        why = f"cannot save {size} to {target}: {error.strerror}{where}. Nothing was left there"
+        raise OSError(error.errno, why) from error
+
+
+def publish(draft: Path, target: Path, data: Sequence[tuple[DataFile, str]], **parts: Any) -> None:
+    """Write the manifest and the sums beside the data files, each given with its SHA-256, and rename the folder."""
+    manifest = Manifest(
+        format="distcache",
+        version=VERSION,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        versions=_versions(),
+        files=[file for file, _ in data],
+        **parts,
+    )
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    sums = [*((digest, file.name) for file, digest in data), (_write(draft / MANIFEST, [text]), MANIFEST)]
+    _write(draft / SUMS, ["".join(f"{digest}  {name}\n" for digest, name in sums).encode()])
+    _sync_folder(draft)
+    try:
+        draft.rename(target)
+    except OSError:
+        refuse_existing(target)  # made by somebody else in the meantime
+        raise
+    _sync_folder(target.parent)
+
+
+def refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
         raise FileExistsError(
             f"cannot save to {target}: it is there already, and a save never overwrites. Choose another name, or "
@@ -333,13 +368,14 @@ def _write(path: Path, pieces: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-class _Writer:
+class Writer:
     """Collects what is to be written, as recipes for pieces: no tensor is copied before its turn comes.
 
-    safetensors' own `save_file` copies every tensor to bytes before it writes the first.
+    safetensors' own `save_file` copies every tensor to bytes before it writes the first. `file`: its number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: int = 0) -> None:
+        self._file = file
         self.tensors: list[tuple[Stored, Callable[[], Iterable[Tensor]]]] = []
         self.tables: list[Table] = []
         self._numbers: dict[int, tuple[int, Columns]] = {}  # of tables; columns are kept, so that ids stay theirs
@@ -347,7 +383,7 @@ class _Writer:
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int], pieces: Callable[[], Iterable[Tensor]]) -> Stored:
         """Plan a tensor whose elements `pieces` gives, one after the other."""
-        stored = Stored(0, str(len(self.tensors)), codec.dtype_name(dtype), tuple(shape))
+        stored = Stored(self._file, str(len(self.tensors)), codec.dtype_name(dtype), tuple(shape))
         self.tensors.append((stored, pieces))
         return stored
 
@@ -362,7 +398,7 @@ class _Writer:
         encoded = not isinstance(data, Tensor)
         if encoded:
             data = torch.frombuffer(bytearray(codec.encode(data)), dtype=torch.uint8)
-        table = None if value.columns is None else self._table(value.columns)
+        table = None if value.columns is None else self.table(value.columns)
         weight = None if value.weight is None else self.whole(value.weight)
         return StoredValue(self.whole(data), encoded, weighted, value.rows, table, weight)
 
@@ -376,7 +412,7 @@ class _Writer:
             if len(columns) > 1 or order is not None:
                 joined = rows.columns()
                 known = Columns(joined, bool(rows.indexed)) if joined else None
-            self._orders[shared] = (order, None if known is None else self._table(known))
+            self._orders[shared] = (order, None if known is None else self.table(known))
         order, table = self._orders[shared]
         parts = [piece.value_n for piece in pieces]
         row_shape = parts[0].shape[1:]
@@ -391,15 +427,19 @@ class _Writer:
         n = rows.num_rows if order is None else len(order)
         return self.tensor(parts[0].dtype, (n, *row_shape), in_order), table
 
-    def _table(self, columns: Columns) -> int:
+    def table(self, columns: Columns) -> int:
+        """The number of these columns' table."""
         if id(columns) not in self._numbers:
             by_name = {name: self.whole(column) for name, column in columns.by_name.items()}
             self.tables.append(Table(columns.indexed, by_name))
             self._numbers[id(columns)] = (len(self.tables) - 1, columns)
         return self._numbers[id(columns)][0]
 
-    def write(self, path: Path) -> str:
-        """Write a safetensors file; its SHA-256. Larger elements come first, so that all are aligned when mapped."""
+    def write(self, path: Path, poll: Callable[[], None] = lambda: None) -> tuple[DataFile, str]:
+        """Write a safetensors file; what it is and its SHA-256. `poll` is called now and then, and may raise.
+
+        Larger elements come first, so that all are aligned when mapped.
+        """
         ordered = sorted(self.tensors, key=lambda pair: -codec.dtype_named(pair[0].dtype).itemsize)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -419,18 +459,23 @@ class _Writer:
                     flat = codec.as_bytes(piece).cpu().numpy()
                     nbytes += flat.nbytes
                     yield flat.data
+                    poll()
                 assert nbytes == stored.nbytes, f"a tensor of {stored.nbytes} bytes gave {nbytes}"
 
-        return _write(path, pieces())
+        digest = _write(path, pieces())
+        return DataFile(path.name, path.stat().st_size), digest
 
 
-def _collect(cache: ActivationCache, writer: _Writer) -> dict[str, Any]:
-    """The manifest's account of a cache, and what is to be written: all that a save knows of a cache's inside."""
+def collect(cache: ActivationCache, writer: Writer, keys: Iterable[str] | None = None) -> dict[str, Any]:
+    """The manifest's account of a cache, and what is to be written: all that a save knows of a cache's inside.
+
+    `keys`: those to write, all by default.
+    """
     entries: list[Reduced | Concatenated | Listed] = []
     alike: dict[Any, tuple[int, list[str]]] = {}  # numbers and keys of groups
     texts: dict[Strategy, StrategyText] = {}
     arena = cache._arena
-    for key in cache:
+    for key in cache if keys is None else keys:
         entry = cache._resolved(key)
         codec.check_plain(key, f"cannot save {key!r}")
         if entry is REDUCED:
@@ -717,7 +762,7 @@ class _Reader:
     # -- reading
 
     def entry(
-        self, entry: Reduced | Concatenated | Listed
+        self, entry: Reduced | Concatenated | Scattered | Listed
     ) -> Callable[[], RawEntry | KeptEntry | tuple[Fieldwise, State, torch.dtype]]:
         """A recipe for an entry, which is checked now as far as headers tell."""
         key = entry.key
@@ -733,6 +778,9 @@ class _Reader:
             if not entry.data.shape or not isinstance(strategy, (Rowwise, type(None))):
                 raise BadCache(f"{key!r} has rows of {list(entry.data.shape)}, which doesn't fit {strategy}.")
             return lambda: self._concatenated(entry, strategy)
+        if isinstance(entry, Scattered):
+            self._check_scattered(entry, strategy)
+            return lambda: self._scattered(entry, strategy)
         if not isinstance(strategy, (Listwise, type(None))):
             raise BadCache(f"{key!r} has whole values, which doesn't fit {strategy}.")
         for value in entry.values:
@@ -743,6 +791,24 @@ class _Reader:
             if value.weight is not None:
                 self._check_stored(value.weight, repr(key))
         return lambda: self._listed(entry, strategy)
+
+    def _check_scattered(self, entry: Scattered, strategy: Strategy | None) -> None:
+        first, whose = entry.parts[0], repr(entry.key)
+        for stored in entry.parts:
+            self._check_stored(stored, whose)
+            if not stored.shape or (stored.dtype, stored.shape[1:]) != (first.dtype, first.shape[1:]):
+                raise BadCache(
+                    f"parts of {whose} don't fit: {first.dtype} {first.shape}, {stored.dtype} {stored.shape}."
+                )
+        rows: tuple[int, ...] = (sum(stored.shape[0] for stored in entry.parts),)
+        if entry.order is not None:
+            self._check_stored(entry.order, whose)
+            rows = entry.order.shape
+            if entry.order.dtype != "int64" or len(rows) != 1:
+                raise BadCache(f"the order of the rows of {whose} is {entry.order.dtype} {list(rows)}.")
+        self._check_table_of(entry.table, whose, rows)
+        if not isinstance(strategy, (Rowwise, type(None))):
+            raise BadCache(f"{whose} has rows in parts, which doesn't fit {strategy}.")
 
     def _check_table_of(self, number: int | None, whose: str, rows: tuple[int, ...] | None) -> None:
         if number is None:
@@ -764,11 +830,29 @@ class _Reader:
         return strategy, state, result
 
     def _concatenated(self, entry: Concatenated, strategy: Strategy | None) -> RawEntry | KeptEntry:
-        value_n, columns = self._tensor(entry.data), self._columns(entry.table)
+        return self._rows(entry.key, self._tensor(entry.data), entry.table, strategy)
+
+    def _scattered(self, entry: Scattered, strategy: Strategy | None) -> RawEntry | KeptEntry:
+        parts = [self._tensor(stored) for stored in entry.parts]
+        if entry.order is None:
+            value_n = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return self._rows(entry.key, value_n, entry.table, strategy)
+        order, start = self._tensor(entry.order), 0
+        if len(order) and not 0 <= int(order.min()) <= int(order.max()) < sum(map(len, parts)):
+            raise BadCache(f"the order of the rows of {entry.key!r} names rows that aren't there.")
+        value_n = parts[0].new_empty((len(order), *parts[0].shape[1:]))
+        for part in parts:  # one at a time: all of them beside the result would be twice the memory
+            here = ((order >= start) & (order < start + len(part))).nonzero().flatten()
+            value_n[here] = part[order[here] - start]
+            start += len(part)
+        return self._rows(entry.key, value_n, entry.table, strategy)
+
+    def _rows(self, key: str, value_n: Tensor, table: int | None, strategy: Strategy | None) -> RawEntry | KeptEntry:
+        columns = self._columns(table)
         if strategy is None:
             return RawEntry([Value(value_n, rows=True, columns=columns)])
-        self._fits(entry.key, strategy, strategy.finalize, Rows([Piece(value_n, None)]))
-        return KeptEntry.of(entry.key, strategy, Rows([Piece(value_n, columns)]))
+        self._fits(key, strategy, strategy.finalize, Rows([Piece(value_n, None)]))
+        return KeptEntry.of(key, strategy, Rows([Piece(value_n, columns)]))
 
     def _listed(self, entry: Listed, strategy: Strategy | None) -> RawEntry | KeptEntry:
         values = []

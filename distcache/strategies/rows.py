@@ -38,6 +38,12 @@ class Rows:
         return sum(len(piece.value_n) for piece in self.pieces)
 
     @property
+    def num_read(self) -> int:
+        """How many of them are read: samples that carry indices once each."""
+        order = self.order()
+        return self.num_rows if order is None else len(order)
+
+    @property
     def head(self) -> Piece:
         """The piece that shows row shape and dtype: the first that has rows, else the first."""
         return next((piece for piece in self.pieces if len(piece.value_n)), self.pieces[0])
