@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -242,8 +243,8 @@ def check_settings(settings: Sequence[Settings]) -> None:
         found = [getattr(theirs, name) for theirs in settings]
         if len(set(found)) > 1:
             raise SchemaMismatch(
-                f"ranks differ in {name}, by rank: {found}. They must run one version of distcache and make their "
-                "caches with the same arguments."
+                f"ranks differ in {name}, by rank: {_by_rank(found)}. They must run one version of distcache and make "
+                "their caches with the same arguments."
             )
 
 
@@ -256,8 +257,8 @@ def check_records(records: Sequence[Record]) -> bool:
     behind = [record for record in records if record.epoch // 2 < max(epochs)]
     if any(record.epoch != 2 * max(epochs) - 1 for record in behind):
         raise SchemaMismatch(
-            f"ranks differ in the number of merges that they have committed, by rank: {epochs}. Caches that merge are "
-            "made at the same time and take part in the same merges."
+            f"ranks differ in the number of merges that they have committed, by rank: {_by_rank(epochs)}. Caches that "
+            "merge are made at the same time and take part in the same merges."
         )
     if len({record.dealt for record in records}) > 1:
         raise SchemaMismatch(
@@ -265,10 +266,19 @@ def check_records(records: Sequence[Record]) -> bool:
             "twice or never. Give every rank the same loader; a sampler of your own must give one order everywhere."
         )
     if not behind and len({record.facts_digest for record in records}) > 1:
-        raise SchemaMismatch(
-            f"ranks differ in what their content is, by rank: {[record.facts_digest for record in records]}."
-        )
+        digests = [record.facts_digest for record in records]
+        raise SchemaMismatch(f"ranks differ in what their content is, by rank: {_by_rank(digests)}.")
     return not behind
+
+
+def _by_rank(values: Sequence[int]) -> str:
+    """All values of a few ranks; of many, what most have, and the first who differ."""
+    if len(values) <= 16:
+        return str(list(values))
+    usual = max(values, key=Counter(values).__getitem__)
+    others = [f"{value} on rank {rank}" for rank, value in enumerate(values) if value != usual]
+    more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+    return f"{usual} on most, {', '.join(others[:8])}{more}"
 
 
 def agreed(records: Sequence[Record], usual_digest: int) -> int | None:

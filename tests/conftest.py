@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,9 @@ from hypothesis import settings
 from distcache.testing import RankPool
 
 torch.set_num_threads(1)
+# Torch's store asks the resolver for the name of whoever connects, and answers nobody meanwhile: five seconds where a
+# name server is slow, which is more than the limits of some tests.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 # No deadlines: a shared machine is slow now and then. The blob replays a failure that was random.
 settings.register_profile("distcache", deadline=None, print_blob=True)
 settings.load_profile("distcache")

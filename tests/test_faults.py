@@ -693,7 +693,7 @@ def lose_store(rank, world_size, path, when):
             error = attempted(cache, cache.merge) if rank == 0 else cache.merge()
     doubtful = cache._held.doubt is not None
     if doubtful:
-        with pytest.raises(dc.MergeInDoubt, match=r"call cache\.merge\(\) on every rank first"), cache.deferred_mode():
+        with pytest.raises(dc.MergeInDoubt, match=r"Call cache\.merge\(\) on every rank first"), cache.deferred_mode():
             cache.cat(local_of(5), index=[5])
     dist.barrier()  # the other rank too has lost it by now
     if rank == 0:

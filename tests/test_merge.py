@@ -91,6 +91,14 @@ def test_contents_that_differ_at_one_epoch_do_not_merge():
         check_records(ranks_with(facts_digest=(33, 33, 34)))
 
 
+def test_of_many_ranks_only_those_that_differ_are_named_and_not_all_of_them():
+    with pytest.raises(dc.SchemaMismatch, match=r"by rank: 1 on most, 2 on rank 500, 3 on rank 1000\. They"):
+        check_settings([SETTINGS._replace(version={500: 2, 1000: 3}.get(rank, 1)) for rank in range(1024)])
+    with pytest.raises(dc.SchemaMismatch, match=r"33 on most, 0 on rank 0, .* 7 on rank 7 and 999 more\.") as raised:
+        check_records([RECORD._replace(facts_digest=rank if rank < 1008 else 33) for rank in range(1024)])
+    assert len(str(raised.value)) < 300
+
+
 # -- ledgers ---------------------------------------------------------------------------------------------------
 
 

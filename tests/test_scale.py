@@ -83,7 +83,7 @@ class GroupComm(Communicator):
     def gather(self, row, poll):
         self.moved.append(("gather", 8 * len(row)))
         everyone = [torch.empty(len(row), dtype=torch.int64) for _ in self.ranks]
-        dist.all_gather(everyone, torch.tensor(row, dtype=torch.int64))
+        self.together(dist.all_gather, everyone, torch.tensor(row, dtype=torch.int64))
         return [theirs.tolist() for theirs in everyone]
 
     def gather_bytes(self, blob, sizes, poll):
@@ -92,7 +92,7 @@ class GroupComm(Communicator):
         everyone = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         if blob:
             everyone[self.rank].copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
-        dist.all_gather(everyone, everyone[self.rank].clone())
+        self.together(dist.all_gather, everyone, everyone[self.rank].clone())
         return [theirs.numpy().tobytes() for theirs in everyone]
 
     def run(self, transfers, poll):
@@ -100,13 +100,13 @@ class GroupComm(Communicator):
             buffer = transfer.buffer() if isinstance(transfer.buffer, Callable) else transfer.buffer
             assert buffer.is_contiguous()
             self.moved.append((transfer.op, buffer.nbytes))
-            self.move(transfer, buffer)
+            if transfer.op == "copy":
+                self.together(dist.broadcast, buffer, transfer.root)
+            else:
+                self.together(dist.all_reduce, buffer, getattr(dist.ReduceOp, transfer.op.upper()))
 
-    def move(self, transfer: Transfer, buffer: torch.Tensor) -> None:
-        if transfer.op == "copy":
-            dist.broadcast(buffer, transfer.root)
-        else:
-            dist.all_reduce(buffer, getattr(dist.ReduceOp, transfer.op.upper()))
+    def together(self, collective: Callable, *arguments: object) -> None:
+        collective(*arguments)
 
     def rebuild(self, generation):
         raise AssertionError("nothing was spent")
@@ -143,17 +143,9 @@ class Turns:
 class ThreadComm(GroupComm):
     """The threaded group."""
 
-    def gather(self, row, poll):
+    def together(self, collective, *arguments):
         with others_run():
-            return super().gather(row, poll)
-
-    def gather_bytes(self, blob, sizes, poll):
-        with others_run():
-            return super().gather_bytes(blob, sizes, poll)
-
-    def move(self, transfer, buffer):
-        with others_run():
-            super().move(transfer, buffer)
+            collective(*arguments)
 
 
 def on_threads(world_size: int, function: Callable[[int, GroupComm], object]) -> list:
