@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distcache.cache import ActivationCache, Explained, site_keys
 from distcache.comm import CommFailed, Communicator, ProcessGroup, Store, open_comm
+from distcache.dealing import share
 from distcache.errors import HeldElsewhere, MergeInDoubt, PeerFailed, SchemaMismatch
 from distcache.merge import Facts, Held, Party, merge, new_delta
 from distcache.protocol import (
@@ -459,12 +460,10 @@ class DistributedCache(_Reading):
             self._attempt += 1
 
     def share(self, loader: Any) -> Iterator[tuple[Tensor, Any]]:
-        """This rank's (index, batch) of a loader, without padding or duplicates: see `distcache.collect.share`.
+        """This rank's (index, batch) of a loader, without padding or duplicates: see `distcache.dealing.share`.
 
         Not a collective, but every rank must call it with the same loader: the next merge finds out if it didn't.
         """
-        from distcache.collect import share  # above this module in the import order, so only when asked
-
         order, batches = share(loader, self.rank, self.world_size)
         self._dealt = (self._dealt + order) % DIGEST_MODULUS
         return batches

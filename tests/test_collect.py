@@ -18,7 +18,8 @@ from torch.utils.data import (
 )
 
 import distcache as dc
-from distcache.collect import pad_and_stack, share
+from distcache.collect import pad_and_stack
+from distcache.dealing import share
 
 transformers = pytest.importorskip("transformers")
 

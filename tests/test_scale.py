@@ -23,7 +23,7 @@ from torch.testing._internal.distributed import fake_pg, multi_threaded_pg
 import distcache as dc
 from distcache import codec, protocol
 from distcache import distributed as distributing
-from distcache.comm import Communicator, Heart, LocalStore, Transfer
+from distcache.comm import Communicator, Heart, LocalStore
 from distcache.plan import Holdings, Offer, Table, make_plan
 from distcache.protocol import Decided, arrive
 from distcache.schema import FieldSchema, KeySchema
