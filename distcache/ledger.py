@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -136,11 +136,12 @@ class Ledger:
         twin.add_all(self)
         return twin
 
-    def to_plain(self) -> list[Any]:
-        """As lists of keys and bounds, for the wire and for manifests."""
+    def to_plain(self, everything: Set[str] = frozenset()) -> list[Any]:
+        """As lists of keys and bounds, for the wire and for manifests; None for keys that are `everything`."""
+        seen = {keys: functools.reduce(operator.or_, parts) for keys, parts in self._seen.items()}
         return [
-            [sorted(keys), functools.reduce(operator.or_, parts).bounds.reshape(-1).tolist()]
-            for keys, parts in self._seen.items()
+            [None if keys == everything else sorted(keys), samples.bounds.reshape(-1).tolist()]
+            for keys, samples in seen.items()
         ]
 
     @classmethod
@@ -150,7 +151,8 @@ class Ledger:
         try:
             for keys, flat in plain:
                 samples = IntervalSet(np.asarray(flat, dtype=np.int64))
-                if not all(isinstance(key, str) for key in keys) or (np.diff(samples.bounds.reshape(-1)) <= 0).any():
+                named = isinstance(keys, frozenset) or all(isinstance(key, str) for key in keys)  # a set is our own
+                if not named or (np.diff(samples.bounds.reshape(-1)) <= 0).any():
                     raise ValueError("expected keys and the rising bounds of intervals")
                 ledger.add(frozenset(keys), samples)
         except (TypeError, ValueError, OverflowError) as error:

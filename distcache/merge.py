@@ -72,6 +72,7 @@ class Facts:
     epoch: int = 0  # merges that were committed
     usual_digest: int = 0  # of what all deltas brought to the last merge in which they agreed
     usual_kept: tuple[str, ...] = ()  # those of its keys whose values are kept, sorted
+    usual_reduced: frozenset[str] = frozenset()  # the others
     shards: Shards | None = None  # with dst="shard", once something was merged
 
 
@@ -222,19 +223,26 @@ def agree(party: Party) -> tuple[MergePlan, list[Offer], list[Record]]:
         own = delta._schemas()
         assert len(own) == len(delta)  # whatever else it held would be lost
         variants, who, rooms = _exchange_schemas(party, own, records)
+        reduced = [frozenset(v.key for v, has in zip(variants, row, strict=True) if has and v.kind == "fields")
+                   if offer.ledger else frozenset() for offer, row in zip(offers, who, strict=True)]  # fmt: skip
         schemas: Mapping[str, KeySchema] = union(variants, who, facts.schemas)
         holdings = Holdings(tuple(schema.key for schema in variants), who, rooms)
     else:
-        schemas, kept = facts.schemas, facts.usual_kept
+        schemas, kept, reduces = facts.schemas, facts.usual_kept, facts.usual_reduced
         busy = np.array([[record.content_digest != 0] for record in records])
         if brought != facts.usual_digest:
             own = delta._schemas()
             assert len(own) == len(delta)
             schemas = union(list(own.values()), busy.repeat(len(own), 1), facts.schemas)
-            kept = tuple(sorted(delta._kept()))
+            kept, reduces = tuple(sorted(delta._kept())), _reduced(own)
             sizes = delta._arena.sizes() if party.shard else None
-        holdings = Holdings(kept, busy.repeat(len(kept), 1))
+        holdings, reduced = Holdings(kept, busy.repeat(len(kept), 1)), [reduces] * comm.world_size
+    offers = [offer.naming(keys) for offer, keys in zip(offers, reduced, strict=True)]
     return make_plan(schemas, holdings, offers, facts.indexed, shards, sizes), offers, records
+
+
+def _reduced(schemas: Mapping[str, KeySchema]) -> frozenset[str]:
+    return frozenset(key for key, schema in schemas.items() if schema.kind == "fields")
 
 
 def check_settings(settings: Sequence[Settings]) -> None:
@@ -430,8 +438,8 @@ def make_offer(delta: ActivationCache, content: ActivationCache | None = None) -
         rows.append((count, number))
     num_rows, table_of = np.array(rows, dtype=np.int64).reshape(-1, 2).T
     nbytes, indexed = np.array(lists, dtype=np.int64).reshape(-1, 2).T
-    ledger = tuple(delta._ledger.to_plain())
-    return Offer(num_rows, table_of, tuple(tables), nbytes, indexed, ledger, dict(delta._notes))
+    ledger = delta._ledger.to_plain(delta._arena.entries.keys())
+    return Offer(num_rows, table_of, tuple(tables), nbytes, indexed, tuple(ledger), dict(delta._notes))
 
 
 def _table_of(pieces: Sequence[Piece]) -> Table:
@@ -512,8 +520,8 @@ def _new_facts(
     if usual is None:  # what all will bring if they bring it all
         usual = sum(schema.digest for schema in plan.schemas.values()) % DIGEST_MODULUS
     ledger = joined_ledger(facts.ledger, offers)
-    kept = tuple(sorted(plan.kept))
-    return Facts(schemas, plan.indexed, ledger, num_samples, digest, facts.epoch + 1, usual, kept, plan.shards)
+    kept = (tuple(sorted(plan.kept)), facts.usual_reduced if plan.schemas is facts.schemas else _reduced(plan.schemas))
+    return Facts(schemas, plan.indexed, ledger, num_samples, digest, facts.epoch + 1, usual, *kept, plan.shards)
 
 
 def _strategies(party: Party, plan: MergePlan) -> dict[str, Strategy]:

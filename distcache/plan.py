@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ class Offer:
 
     Its vectors, int64, have an entry for each of the rank's keys of that kind, in the order of `sorted`: names don't
     travel. `num_rows`, `table_of` [R]: of its rows, and the number of their table or -1. `list_nbytes`, `list_indexed`
-    [L]: of its lists, encoded, and whether (0 or 1) their values carry the samples' indices.
+    [L]: of its lists, encoded, and whether (0 or 1) their values carry the samples' indices. `ledger`: see
+    `Ledger.to_plain`; its keys are None where they are all that the rank reduces.
     """
 
     num_rows: np.ndarray = field(default_factory=_no_keys)
@@ -53,6 +54,12 @@ class Offer:
 
     def __bool__(self) -> bool:
         return bool(len(self.num_rows) or len(self.list_nbytes) or self.ledger or self.notes)
+
+    def naming(self, reduced: frozenset[str]) -> Offer:
+        """With the keys that this rank reduces, now that they are known, in its ledger."""
+        if not self.ledger:
+            return self
+        return replace(self, ledger=tuple([reduced if keys is None else keys, seen] for keys, seen in self.ledger))
 
     def to_plain(self) -> list[Any]:
         return [

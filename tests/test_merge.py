@@ -197,6 +197,16 @@ def test_a_payload_unpacks_to_what_was_packed():
     assert {name: tensor.tolist() for name, tensor in arrived.states["mean"].items()} == {"total": [4.0], "count": 2}
 
 
+def test_names_of_keys_do_not_travel_with_what_all_reductions_of_a_rank_have_seen():
+    delta = folded(3, 1)
+    (account,) = make_offer(delta).ledger
+    assert account == [None, [1, 2, 3, 4]]
+    (account,) = make_offer(delta).naming(frozenset({"mean"})).ledger
+    assert account == [{"mean"}, [1, 2, 3, 4]]
+    delta.add("mean 2", torch.ones(1))  # without an index: the account isn't of all reductions any more
+    assert make_offer(delta).ledger == ([["mean"], [1, 2, 3, 4]],)
+
+
 # -- how an end is told ----------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from torch.testing._internal.distributed import fake_pg, multi_threaded_pg
 import distcache as dc
 from distcache import codec, protocol
 from distcache import distributed as distributing
+from distcache import merge as merging
 from distcache.comm import Communicator, Heart, LocalStore
 from distcache.plan import Holdings, Offer, Table, make_plan
 from distcache.protocol import Decided, arrive
@@ -89,11 +90,11 @@ class GroupComm(Communicator):
     def gather_bytes(self, blob, sizes, poll):
         assert len(blob) == sizes[self.rank]
         self.moved.append(("gather_bytes", sum(sizes)))
-        everyone = [torch.empty(size, dtype=torch.uint8) for size in sizes]
-        if blob:
-            everyone[self.rank].copy_(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
-        self.together(dist.all_gather, everyone, everyone[self.rank].clone())
-        return [theirs.numpy().tobytes() for theirs in everyone]
+        nothing = torch.empty(0, dtype=torch.uint8)
+        everyone = [torch.empty(size, dtype=torch.uint8) if size else nothing for size in sizes]
+        mine = torch.frombuffer(bytearray(blob), dtype=torch.uint8) if blob else nothing
+        self.together(dist.all_gather, everyone, mine)
+        return [theirs.numpy().tobytes() if len(theirs) else b"" for theirs in everyone]
 
     def run(self, transfers, poll):
         for transfer in transfers:
@@ -202,12 +203,13 @@ def samples_of(rank: int) -> list[int]:
 
 
 def record(rank: int, samples: list[int]) -> dc.ActivationCache:
-    """A mean and moments on all ranks, rows on all, and a mean and rows of which a few ranks each know."""
+    """A mean, moments and rows on all ranks; a mean and rows that a few know, and the same that one does."""
     x_nd, local = torch.stack([sample(i) for i in samples]), dc.ActivationCache()
     local.register_aggregation("", dc.Mean(dim=0))
     local.register_aggregation("spread", dc.Moments(dim=0))
     local.register_aggregation("rows", "cat")
-    for key in ("mean", "spread", "rows", f"rows_{rank % 3}", f"mean_{rank % 3}"):
+    few, one = ["mean_few", "rows_few"] if rank < 8 else [], ["mean_one", "rows_one"] if rank == 7 else []
+    for key in ("mean", "spread", "rows", *few, *one):
         local[key] = x_nd
     return local
 
@@ -220,7 +222,7 @@ def merge_many(rank, comm):
         if samples_of(rank):
             cache.cat(record(rank, samples_of(rank)), index=samples_of(rank))
     values = {key: cache[key] for key in cache}
-    return values, cache.rows("rows_2")["sample"], [int(cache.count(f"mean_{n}")) for n in range(3)]
+    return values, cache.rows("rows_few")["sample"], [int(cache.count(f"mean_{who}")) for who in ("few", "one")]
 
 
 def expected_values() -> dict:
@@ -228,8 +230,8 @@ def expected_values() -> dict:
     by_sample = sorted((i, rank) for rank in range(256) for i in samples_of(rank))
     x_nd, ranks = torch.stack([sample(i) for i, _ in by_sample]), torch.tensor([rank for _, rank in by_sample])
     values = {"mean": x_nd.mean(0), "rows": x_nd}
-    values.update({f"rows_{n}": x_nd[ranks % 3 == n] for n in range(3)})
-    values.update({f"mean_{n}": x_nd[ranks % 3 == n].mean(0) for n in range(3)})
+    for who, theirs in (("few", ranks < 8), ("one", ranks == 7)):
+        values[f"rows_{who}"], values[f"mean_{who}"] = x_nd[theirs], x_nd[theirs].mean(0)
     return values
 
 
@@ -246,8 +248,8 @@ def test_256_ranks_say_what_one_rank_says():
                 torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6 * 200)
         torch.testing.assert_close(spread["mean"], expected["rows"].mean(0), rtol=0, atol=1e-6 * 200)
         torch.testing.assert_close(spread["variance"], expected["rows"].var(0), rtol=1e-6, atol=1e-6)
-        assert samples.tolist() == [i for i in indices if i % 256 % 3 == 2]
-        assert counts == [sum(i % 256 % 3 == n for i in indices) for n in range(3)]
+        assert samples.tolist() == [i for i in indices if i % 256 < 8]
+        assert counts == [len(samples), 3]
 
 
 def test_the_oracle_of_256_ranks_knows_a_mean_of_means():
@@ -363,6 +365,22 @@ def test_merging_means_at_1024_ranks_costs_what_the_bytes_cost_not_the_keys(fake
         assert 2 <= counts["sum"] <= math.ceil(nbytes / (1 << 20)) + 4
         assert counts["gather"] == 1 and counts["gather", "bytes"] == 64
         assert counts.keys() <= {"sum", "gather", ("sum", "bytes"), ("gather", "bytes")}
+
+
+@pytest.mark.parametrize("num_keys", [4000, 40])
+def test_what_ranks_tell_of_indices_at_1024_ranks_does_not_grow_with_the_keys(fake_group, num_keys):
+    samples = iter(range(2))
+
+    def fill(cache):
+        cache.register_aggregation("m", "mean")
+        local = dc.ActivationCache()
+        for i in range(num_keys):
+            local[f"m{i}"] = torch.ones(2)
+        cache.cat(local, index=[next(samples)])
+
+    with mock.patch.object(merging, "joined_ledger", lambda content, offers: content):  # alike: all bring one sample
+        for counts in merges(fake_group, fill, bucket_bytes=1 << 20):
+            assert counts["gather_bytes", "bytes"] / WORLD_SIZE < 150
 
 
 @pytest.mark.parametrize("num_keys", [256, 16])
