@@ -426,15 +426,20 @@ class TorchComm(Communicator):
     ) -> None:
         self.rank, self.ranks, self.timeout_s = rank, tuple(ranks), timeout_s
         name = f"distcache/{hashlib.blake2b(repr(self.ranks).encode(), digest_size=8).hexdigest()}"
-        self.store = TorchStore(store, timeout_s, f"{name}/")
         try:
+            self.store = TorchStore(store, timeout_s, f"{name}/")
             self.store.decide("able", b"yes")
+            number = meet(self.store, self.ranks, rank, timeout_s)
         except StoreLost as error:
+            if error.__cause__ is None:
+                raise PeerFailed(
+                    f"{error}: is the process that keeps it alive, and can it be reached? Where it's only slow, give a "
+                    "longer timeout_s."
+                ) from error
             raise ValueError(
                 f"the store of this job ({type(store).__name__}) cannot be used: {error}. Pass one that can compare "
                 "and set, such as torch's TCPStore, or run under torchrun, whose agent keeps one."
             ) from error
-        number = meet(self.store, self.ranks, rank, timeout_s)
         self.store.prefix = f"{name}/{number}/"
         self._base = dist.PrefixStore(f"{name}/{number}", store)
         self._nccl = nccl

@@ -122,9 +122,9 @@ def strategy_words(facts: str) -> str:
     return f"{description['name']}({', '.join(shown)})"
 
 
-def natural_order(key: str) -> list[str | int]:
-    """A sort key that counts numbers as numbers: `resid_out_2` before `resid_out_10`."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", key))]
+def natural_order(key: str) -> tuple[list[str | int], str]:
+    """A sort key that counts numbers as numbers, `resid_out_2` before `resid_out_10`, and tells all keys apart."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", key))], key
 
 
 def union(variants: Sequence[KeySchema], held: np.ndarray, content: Mapping[str, KeySchema]) -> dict[str, KeySchema]:

@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distcache.errors import SchemaMismatch
-from distcache.schema import DIGEST_MODULUS, FieldSchema, KeySchema, digest_of, strategy_facts, strategy_words, union
+from distcache.schema import (
+    DIGEST_MODULUS,
+    FieldSchema,
+    KeySchema,
+    digest_of,
+    natural_order,
+    strategy_facts,
+    strategy_words,
+    union,
+)
 from distcache.strategies import Cat, Mean, Moments, Sum
 
 
@@ -121,3 +130,8 @@ def test_many_conflicts_are_counted_and_the_text_is_the_same_in_any_order_of_key
 
     assert told(a, b) == told(dict(reversed(a.items())), dict(reversed(b.items())))
     assert "cannot merge 20 key(s)" in told(a, b) and "and 12 more" in told(a, b)
+
+
+def test_keys_that_count_alike_have_one_order_all_the_same():
+    assert sorted(["a1", "a01", "a10", "a2"], key=natural_order) == ["a01", "a1", "a2", "a10"]
+    assert sorted(["a01", "a10", "a1", "a2"], key=natural_order) == ["a01", "a1", "a2", "a10"]
