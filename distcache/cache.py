@@ -28,9 +28,9 @@ from distcache.entries import (
     leaves,
     matches,
     moved,
+    registered,
     taken,
 )
-from distcache.entries import registered as _registered
 from distcache.errors import DuplicateSamples
 from distcache.join import Join, Renumber
 from distcache.ledger import IntervalSet, Ledger, samples_of
@@ -262,7 +262,7 @@ class ActivationCache:
         for cache in caches:
             for key in cache._entries:
                 held = cache._state_strategy(key) if matches(key_pattern, key) else None
-                decides = held is not None and _registered(registry, key) is chosen
+                decides = held is not None and registered(registry, key) is chosen
                 if decides and chosen != held and not isinstance(chosen, Default):
                     raise ValueError(
                         f"cannot register {chosen} for {key_pattern!r}: {key!r} already holds a state of {held}. "

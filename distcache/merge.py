@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from distcache import codec
-from distcache.cache import REDUCED, ActivationCache, KeptEntry, _registered
+from distcache.cache import ActivationCache
 from distcache.comm import Communicator, StoreLost, Transfer, held_interrupts
-from distcache.entries import copied
+from distcache.entries import REDUCED, KeptEntry, copied, registered
 from distcache.errors import DuplicateSamples, MergeInDoubt, SchemaMismatch, TooLarge
 from distcache.join import Renumber
 from distcache.ledger import Ledger
@@ -545,7 +545,7 @@ def _strategies(party: Party, plan: MergePlan) -> dict[str, Strategy]:
 
 def _own_function(held: Held, key: str, facts: str, rank: int) -> Function:
     known = held.delta._state_strategy(key) or held.content._state_strategy(key)
-    known = known or _registered(held.delta._registry, key)
+    known = known or registered(held.delta._registry, key)
     if not isinstance(known, Function) or strategy_facts(known) != facts:
         raise SchemaMismatch(
             f"{key!r} merges by {json.loads(facts)['parameters']['function']}, but rank {rank} has "
