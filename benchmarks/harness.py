@@ -1,4 +1,4 @@
-"""Candidates that do the same work, in turn, on ranks: the slowest rank's time, the median over rounds."""
+"""Candidates that do the same work, in turn, on ranks: the slowest rank's time, the median of all that were taken."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+WARM_UPS = 2  # a merge has its room and its scratch from the third time on
 
 Prepare = Callable[[], None]
 Run = Callable[[], Any]
@@ -29,11 +31,12 @@ class Candidate:
     prepare: Prepare = lambda: None
     check: Callable[[Any], None] | None = None
     rounds: int | None = None  # fewer for what takes seconds
+    repeats: int = 1  # in each round: more for what takes milliseconds, in which a machine's moods count
 
 
 @dataclass
 class Timings:
-    """Milliseconds of one candidate by round, of the slowest rank; `error` where it could not be run."""
+    """Milliseconds of one candidate, of the slowest rank, after the warm-ups; `error` where it could not be run."""
 
     name: str
     milliseconds: list[float] = field(default_factory=list)
@@ -44,29 +47,39 @@ class Timings:
     def median(self) -> float:
         return statistics.median(self.milliseconds)
 
+    @property
+    def best(self) -> float:
+        return min(self.milliseconds)
+
 
 def time_on_rank(candidates: list[Candidate], rounds: int, device: torch.device) -> list[list[float]]:
-    """Milliseconds of this rank, by candidate and round; the first round of each is in front and warms up."""
+    """Milliseconds of this rank, by candidate and time; the first two of each are in front and warm up."""
     found: list[list[float]] = [[] for _ in candidates]
-    for number in range(rounds + 1):
+    for number in range(rounds + WARM_UPS):
         for candidate, times in zip(candidates, found, strict=True):
-            if number > (candidate.rounds or rounds):
+            if number >= (candidate.rounds or rounds) + WARM_UPS:
                 continue
-            candidate.prepare()
-            gc.collect()
-            barrier(device)
-            start = time.perf_counter()
-            result = candidate.run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) * 1e3)
-            if number == 0 and candidate.check is not None:
-                try:
-                    candidate.check(result)
-                except AssertionError as error:
-                    raise AssertionError(f"{candidate.name} is wrong: {error}") from error
-            del result
+            for _ in range(candidate.repeats if number >= WARM_UPS else 1):
+                result = _timed(candidate, device, times)
+                if len(times) == 1 and candidate.check is not None:
+                    try:
+                        candidate.check(result)
+                    except AssertionError as error:
+                        raise AssertionError(f"{candidate.name} is wrong: {error}") from error
+                del result
     return found
+
+
+def _timed(candidate: Candidate, device: torch.device, times: list[float]) -> Any:
+    gc.collect()
+    candidate.prepare()
+    barrier(device)
+    start = time.perf_counter()
+    result = candidate.run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    times.append((time.perf_counter() - start) * 1e3)
+    return result
 
 
 def barrier(device: torch.device) -> None:
@@ -77,7 +90,7 @@ def barrier(device: torch.device) -> None:
 
 
 def slowest(by_rank: list[list[list[float]]]) -> list[list[float]]:
-    """By candidate and round the slowest rank's time."""
+    """By candidate and time the slowest rank's."""
     return [[max(times) for times in zip(*ranks, strict=True)] for ranks in zip(*by_rank, strict=True)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -55,7 +56,7 @@ WORKLOADS = (
 
 
 def on_rank(rank: int, world_size: int, name: str, rounds: int, device: str) -> tuple[list[str], list[list[float]]]:
-    """Names of the candidates and milliseconds by candidate and round."""
+    """Names of the candidates and milliseconds by candidate and time."""
     warnings.simplefilter("ignore")
     torchrun_environment(rank, world_size)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -67,6 +68,7 @@ def reductions(
     rank: int, world_size: int, device: torch.device, kinds: list[tuple[str, int, tuple[int, ...]]], dtype: torch.dtype
 ) -> Iterator[Candidate]:
     (_, num_keys, shape), *_ = kinds
+    repeats = 10 if num_keys * math.prod(shape) < 10**6 else 1
     of_rank = [torch.randn((num_keys, *shape), generator=torch.Generator().manual_seed(r)) for r in range(world_size)]
     # Peers are given what accumulates, in the accumulators' dtype: equal bytes for all.
     values = {f"key{i:05d}": value.to(device, dtype, copy=True) for i, value in enumerate(of_rank[rank])}
@@ -101,10 +103,10 @@ def reductions(
         _all_reduce(ready)
         _all_reduce(small)
 
-    yield Candidate("limit: copy, all_reduce, add", limit, lambda: ready.fill_(1))
-    yield Candidate("limit: all_reduce of ready bytes", raw, lambda: ready.fill_(1))
-    yield Candidate("limit: that and one of 48 bytes", raw_and_vote, lambda: ready.fill_(1))
-    yield Candidate("limit: into a fresh buffer", limit_fresh, lambda: ready.fill_(1))
+    yield Candidate("limit: copy, all_reduce, add", limit, lambda: ready.fill_(1), repeats=repeats)
+    yield Candidate("limit: all_reduce of ready bytes", raw, lambda: ready.fill_(1), repeats=repeats)
+    yield Candidate("limit: that and one of 48 bytes", raw_and_vote, lambda: ready.fill_(1), repeats=repeats)
+    yield Candidate("limit: into a fresh buffer", limit_fresh, lambda: ready.fill_(1), repeats=repeats)
 
     cache = dc.DistributedCache()
     cache.register_aggregation("key", dc.Mean(accumulate=dtype))
@@ -123,7 +125,7 @@ def reductions(
         cache.merge()
         return cache
 
-    yield Candidate("distcache", merge, fold, check)
+    yield Candidate("distcache", merge, fold, check, repeats=repeats)
 
     def per_key() -> dict[str, Tensor]:
         merged = {}

@@ -39,6 +39,7 @@ Store = dist.Store
 Poll = Callable[[], None]
 """Called while a rank waits; raises to stop the waiting."""
 
+LOOK_S = 0.02  # between looks at signals and decisions while operations are awaited
 IN_FLIGHT = 4  # collectives at a time; gloo runs two at once and queues the rest
 FAREWELL_S = 2.0  # what leaving may take at the end of a process whose store doesn't answer any more
 
@@ -94,7 +95,8 @@ class DecisionStore(abc.ABC):
         """Set the key if nobody has; the value that stands: the one compare-and-set that everybody obeys."""
 
     @abc.abstractmethod
-    def delete(self, key: str) -> None: ...
+    def delete(self, key: str) -> None:
+        """Forget a key, soon: before this rank's next call is made, not before this one returns."""
 
 
 class LocalStore(DecisionStore):
@@ -139,11 +141,15 @@ class TorchStore(DecisionStore):
         weakref.finalize(self, self._calls.put, None)
         self._store: Any = self._call(lambda: _own_connection(store))
 
-    def _call(self, call: Callable[[], Any]) -> Any:
+    def _begin(self, call: Callable[[], Any]) -> _Answer:
         if self._lost is not None:
             raise StoreLost(self._lost)
         answer = _Answer()
         self._calls.put((call, answer))
+        return answer
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        answer = self._begin(call)
         if not answer.ready.wait(self._limit_s):
             self._lost = f"the store did not answer within {self._limit_s:g} s"
             raise StoreLost(self._lost)
@@ -169,7 +175,7 @@ class TorchStore(DecisionStore):
         return bytes(self._call(lambda: self._store.compare_set(self.prefix + key, "", value.decode())))
 
     def delete(self, key: str) -> None:
-        self._call(lambda: self._store.delete_key(self.prefix + key))
+        self._begin(lambda: self._store.delete_key(self.prefix + key))
 
 
 class _Answer:
@@ -485,7 +491,7 @@ class TorchComm(Communicator):
     def gather(self, row: Sequence[int], poll: Poll) -> list[list[int]]:
         mine = torch.tensor(row, dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
-        self._await(deque([lambda: self._gloo.allgather([everyone], [mine])]), [mine, everyone], poll)
+        self._await(deque([lambda: _Collective(self._gloo.allgather([everyone], [mine]))]), [mine, everyone], poll)
         return [theirs.tolist() for theirs in everyone]
 
     def gather_bytes(self, blob: bytes, sizes: Sequence[int], poll: Poll) -> list[bytes]:
@@ -515,24 +521,23 @@ class TorchComm(Communicator):
             buffer.copy_(on_cpu)
 
     def _start(self, transfer: Transfer, buffer: Tensor) -> Callable[[], Any]:
-        group = self._device_group if buffer.is_cuda else self._gloo
+        group, as_work = (self._device_group, _OnDevice) if buffer.is_cuda else (self._gloo, _Collective)
         if transfer.op == "copy" and transfer.to is not None:
             call, peer = (group.send, transfer.to) if self.rank == transfer.root else (group.recv, transfer.root)
-            if group is self._gloo:
-                return lambda: _Waited(call([buffer], peer, 0))
-            return lambda: call([buffer], peer, 0)
+            as_passed = _Passed if group is self._gloo else as_work
+            return lambda: as_passed(call([buffer], peer, 0))
         if transfer.op == "copy":
             spread = dist.BroadcastOptions()
             spread.rootRank, spread.rootTensor = transfer.root or 0, 0
-            return lambda: group.broadcast([buffer], spread)
+            return lambda: as_work(group.broadcast([buffer], spread))
         reduction: Any = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[transfer.op]
         if transfer.root is not None:
             onto = dist.ReduceOptions()
             onto.reduceOp, onto.rootRank, onto.rootTensor = reduction, transfer.root, 0
-            return lambda: group.reduce([buffer], onto)
+            return lambda: as_work(group.reduce([buffer], onto))
         everywhere = dist.AllreduceOptions()
         everywhere.reduceOp = reduction
-        return lambda: group.allreduce([buffer], everywhere)
+        return lambda: as_work(group.allreduce([buffer], everywhere))
 
     def _await(self, starts: deque[Callable[[], Any]], kept: list[Any], poll: Poll) -> None:
         flying: deque[Any] = deque()
@@ -551,36 +556,53 @@ class TorchComm(Communicator):
 
     def _drive(self, starts: deque[Callable[[], Any]], flying: deque[Any], let_through: Poll, poll: Poll) -> None:
         progress = polled = time.monotonic()
-        nap_s = 0.0
         while starts or flying:
             while starts and len(flying) < IN_FLIGHT:
                 flying.append(starts.popleft()())
                 progress = time.monotonic()
-            if flying[0].is_completed():
+            if flying[0].completes_within(LOOK_S):
                 flying.popleft().wait()  # raises what went wrong
-                progress, nap_s = time.monotonic(), 0.0
+                progress = time.monotonic()
                 continue
             now = time.monotonic()
             if now - progress > self.timeout_s:
                 raise CommFailed(f"no progress for {self.timeout_s:g} s with all ranks there")
-            if now - polled > 0.02:
+            if now - polled > LOOK_S:
                 polled = now
                 let_through()
                 poll()
-            time.sleep(nap_s)
-            nap_s = min(0.002, nap_s + 0.00002)
 
 
 _COMM_ERRORS = (RuntimeError, dist.DistError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 
 
-class _Waited:
+class _Collective:
+    """A collective on gloo. To wait costs less than to look again and again: on as many cores as ranks, whoever looks
+    takes the core from the thread that moves the bytes (1 MB over 2 ranks took 0.5 ms, and 0.74 with looks).
+    """
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def is_completed(self) -> bool:
+        return bool(self._work.is_completed())
+
+    def completes_within(self, limit_s: float) -> bool:
+        with contextlib.suppress(RuntimeError):  # a wait that is over harms nothing; a failure is raised by `wait`
+            self._work.wait(timedelta(seconds=limit_s))
+        return self.is_completed()
+
+    def wait(self) -> None:
+        self._work.wait()
+
+
+class _Passed:
     """A send or receive on gloo, which says that it's complete to nobody but who waits for it: a thread does."""
 
     def __init__(self, work: Any) -> None:
         self._work = work
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._wait, name="distcache-waited", daemon=True)
+        self._thread = threading.Thread(target=self._wait, name="distcache-passed", daemon=True)
         self._thread.start()
 
     def _wait(self) -> None:
@@ -592,10 +614,35 @@ class _Waited:
     def is_completed(self) -> bool:
         return not self._thread.is_alive()
 
+    def completes_within(self, limit_s: float) -> bool:
+        self._thread.join(limit_s)
+        return self.is_completed()
+
     def wait(self) -> None:
         self._thread.join()
         if self._error is not None:
             raise self._error
+
+
+class _OnDevice:
+    """An operation on a GPU: to wait for it would hold up the stream, and nobody could give it up."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+        self._nap_s = 0.0
+
+    def is_completed(self) -> bool:
+        return bool(self._work.is_completed())
+
+    def completes_within(self, limit_s: float) -> bool:
+        deadline = time.monotonic() + limit_s
+        while not self.is_completed() and time.monotonic() < deadline:
+            time.sleep(self._nap_s)
+            self._nap_s = min(0.002, self._nap_s + 0.00002)
+        return self.is_completed()
+
+    def wait(self) -> None:
+        self._work.wait()
 
 
 def _outlive(works: list[Any], groups: tuple[Any, Any], kept: list[Any]) -> None:

@@ -906,7 +906,6 @@ def commit(comm: Communicator, number: int, held: Held, merged: Merged) -> None:
     """
     interrupted: BaseException | None = None
     with held_interrupts() as let_through:
-        comm.store.set(f"voted/{comm.rank}", str(number).encode())
         try:
             try:
                 decision = vote(comm, number, let_through)
