@@ -30,10 +30,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,7 @@ class Trial:
 
     seed: int
     world_size: int
-    dst: int | None
+    dst: int | Literal["shard"] | None
     bucket_bytes: int
     store: str
     fault: str
@@ -92,7 +92,7 @@ class Trial:
         where = f"{self.moment} {self.count}" if self.moment in counts else self.moment
         delay = f" for {self.delay_s:g} s" if self.delay_s else ""
         return (
-            f"seed {self.seed}: {self.world_size} ranks, dst={self.dst}, store kept by {self.store}: {self.fault} "
+            f"seed {self.seed}: {self.world_size} ranks, dst={self.dst!r}, store kept by {self.store}: {self.fault} "
             f"{'at' if 'store' in self.fault else 'of'} rank {self.victim}{delay}, {where}"
         )
 
@@ -113,7 +113,7 @@ def trial_of(seed: int, world_sizes: Sequence[int] = (2, 3, 4)) -> Trial:
         blocks.append(
             tuple(tuple(numbers.pop() for _ in range(rng.choice([0, 1, 2, 3, 3]))) for _ in range(world_size))
         )
-    return Trial(
+    trial = Trial(
         seed,
         world_size,
         rng.choice([None, rng.randrange(world_size)]),
@@ -129,6 +129,16 @@ def trial_of(seed: int, world_sizes: Sequence[int] = (2, 3, 4)) -> Trial:
         tuple(rank for rank in range(world_size) if rng.random() < 0.3),
         tuple(blocks),
     )
+    return replace(trial, dst="shard") if rng.random() < 0.25 else trial
+
+
+STRATEGIES: tuple[tuple[str, Any], ...] = (
+    ("total", "sum"),
+    ("average", "mean"),
+    ("spread", "moments"),
+    ("top", dc.TopK(2)),
+    ("only_", "mean"),
+)
 
 
 # -- what ranks hold, and what plain torch says of it ----------------------------------------------------------
@@ -143,28 +153,46 @@ def fold(cache: dc.DistributedCache, trial: Trial, rank: int, samples: Sequence[
     for i in samples:
         x, local = sample(i, trial.width), dc.ActivationCache()
         local["total"], local["average"], local["spread"], local["rows"] = x, x, x, x[None]
+        if trial.indexed:
+            local["top"] = x
         local["names"] = [f"sample {i}"]
         if rank in trial.odd:
             local[f"only_{rank}"] = x
         cache.cat(local, index=[i] if trial.indexed else None)
 
 
-def expected(trial: Trial, merges: Sequence[Sequence[tuple[int, Sequence[int]]]]) -> dict[str, Any]:
-    """The values after these merges: of each, ranks with their samples in the group's order."""
+Merges = Sequence[Sequence[tuple[int, Sequence[int]]]]  # of each, ranks in the group's order and their samples
+
+
+def expected(trial: Trial, merges: Merges, shard_of: int | None = None) -> dict[str, Any]:
+    """The values after these merges.
+
+    `shard_of`: with the rows of this rank alone, as where dst="shard".
+    """
     seen = [(rank, i) for merge in merges for rank, samples in merge for i in samples]
     if not seen:
         return {}
     order = sorted(i for _, i in seen) if trial.indexed else [i for _, i in seen]
     x_nd = torch.stack([sample(i, trial.width) for i in order])
+    here = [i for i in order if shard_of is None or (shard_of, i) in seen]
     values: dict[str, Any] = {
         "total": x_nd.double().sum(0).float(),
         "average": x_nd.double().mean(0).float(),
         "spread": {"mean": x_nd.double().mean(0).float(), "count": torch.tensor(len(order))},
-        "rows": x_nd,
+        "rows": torch.stack([x_nd[:0].sum(0), *(sample(i, trial.width) for i in here)])[1:],
         "names": [f"sample {i}" for i in order],
     }
     if len(order) > 1:
         values["spread"]["variance"] = x_nd.double().var(0).float()
+    if trial.indexed:  # every element of a later sample is larger
+        last, none = order[:-3:-1], 2 - len(order[:2])
+        found = [*(sample(i, trial.width) for i in last), *[torch.full((trial.width,), torch.nan)] * none]
+        names = torch.tensor([*last, *[-1] * none])
+        values["top"] = {
+            "values": torch.stack(found),
+            "sample": names[:, None].expand(2, trial.width),
+            "position": names.clamp(max=0)[:, None].expand(2, trial.width),
+        }
     for rank in trial.odd:
         mine = [sample(i, trial.width) for r, i in seen if r == rank]
         if mine:
@@ -172,16 +200,25 @@ def expected(trial: Trial, merges: Sequence[Sequence[tuple[int, Sequence[int]]]]
     return values
 
 
-def unlike(found: dict[str, Any], right: dict[str, Any]) -> list[str]:
-    """In what values differ from what is right; moments alone have a tolerance, the promised 1e-6."""
+REDUCED = ("total", "average", "spread", "top", "only_")
+
+
+def unlike(found: dict[str, Any], right: dict[str, Any], shard: bool = False) -> list[str]:
+    """In what values differ from what is right; moments alone have a tolerance, the promised 1e-6.
+
+    `shard`: reductions may be held by another rank.
+    """
+    scale = float(right["average"].mean()) ** 2 + 1 if right else 1.0  # of what is positive
+    if shard:
+        right = {key: value for key, value in right.items() if key in found or not key.startswith(REDUCED)}
     if found.keys() != right.keys():
         return [f"keys {sorted(found)} for {sorted(right)}"]
     wrong = []
     for key, value in right.items():
         if isinstance(value, dict):
-            scale = float(right["rows"].abs().mean()) ** 2 + 1
             same = all(
-                torch.allclose(found[key][n].float(), x.float(), rtol=0, atol=1e-6 * scale) for n, x in value.items()
+                torch.allclose(found[key][n].float(), x.float(), rtol=0, atol=1e-6 * scale, equal_nan=True)
+                for n, x in value.items()
             )
         else:
             same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
@@ -325,6 +362,13 @@ def as_bytes(cache: dc.ActivationCache) -> bytes:
     return codec.encode(cache._to_plain())
 
 
+def _held(cache: dc.DistributedCache) -> Iterator[tuple[str, Any]]:
+    """The content, as far as it lies here."""
+    for key in cache:
+        with contextlib.suppress(dc.HeldElsewhere):
+            yield key, cache[key]
+
+
 def run_rank(pipe: Connection, trial: Trial, rank: int, planted: str | None) -> None:
     """A rank from its first merge to the last; it is told by `pipe` when to go on, and tells what it has seen."""
     begin()
@@ -338,7 +382,7 @@ def run_rank(pipe: Connection, trial: Trial, rank: int, planted: str | None) -> 
         setattr(merging, *PLANTED[planted])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=trial.world_size, timeout=timedelta(seconds=30))
     cache = dc.DistributedCache(dst=trial.dst, timeout_s=TIMEOUT_S, bucket_bytes=trial.bucket_bytes)
-    for pattern, strategy in (("total", "sum"), ("average", "mean"), ("spread", "moments"), ("only_", "mean")):
+    for pattern, strategy in STRATEGIES:
         cache.register_aggregation(pattern, strategy)
     *before, last, extra = trial.blocks
     for block in before:
@@ -363,8 +407,8 @@ def run_rank(pipe: Connection, trial: Trial, rank: int, planted: str | None) -> 
     if fault is not None:
         fault.disarm()
     unchanged = as_bytes(cache._held.delta) == delta and as_bytes(cache._held.content) == content
-    holds = trial.dst in (None, rank)
-    values = dict(cache.items()) if holds else None
+    holds = trial.dst in (None, rank, "shard")
+    values = dict(_held(cache)) if holds else None
     in_doubt = dict(kept.content.items()) if kept is not None and holds else None
     pipe.send(("ended", ended, waited_s, unchanged, len(cache.delta), codec.encode([values, in_doubt])))
 
@@ -379,7 +423,7 @@ def run_rank(pipe: Connection, trial: Trial, rank: int, planted: str | None) -> 
                 cache.merge()
             with cache.deferred_mode():
                 fold(cache, trial, rank, extra[rank])
-            values = dict(cache.items()) if cache.dst in (None, cache.rank) else None
+            values = dict(_held(cache)) if cache.dst in (None, cache.rank, "shard") else None
             pipe.send(("went on", "", codec.encode(values)))
         except Exception as error:
             pipe.send(("went on", f"{type(error).__name__}: {error}", codec.encode(None)))
@@ -522,7 +566,7 @@ def run_trial(trial: Trial, planted: str | None = None) -> Verdict:
         )
         verdict.struck = ranks.struck
         verdict.wrong += [f"rank {r} did not end within {limit_s:g} s, or died" for r in survivors if r not in seen]
-        verdict.wrong += _judge(trial, seen, at_store, expected(trial, [*before, last]))
+        verdict.wrong += _judge(trial, seen, at_store, [*before, last])
         verdict.ended = _ending(seen)
         verdict.waited_s = max((one.waited_s for one in seen.values()), default=0.0)
         if not verdict.wrong and not (at_store and trial.fault in ("kill", "stop", "kill store")):
@@ -532,13 +576,13 @@ def run_trial(trial: Trial, planted: str | None = None) -> Verdict:
             committed = any(one.committed for one in seen.values())
             merges = [*before, last if committed else [last[r] for r in survivors], [extra[r] for r in survivors]]
             went_on = ranks.hear(survivors, "went on", SETUP_S)
-            verdict.wrong += _judge_going_on(trial, survivors, went_on, expected(trial, merges), committed)
+            verdict.wrong += _judge_going_on(trial, survivors, went_on, merges, committed)
         if trial.fault == "stop" and lost:
             ranks.wake()
             woken = _seen(ranks.hear([trial.victim], "ended", limit_s))
             if not woken:
                 verdict.wrong.append(f"rank {trial.victim} did not end within {limit_s:g} s after it went on, or died")
-            verdict.wrong += _judge(trial, {**seen, **woken}, at_store, expected(trial, [*before, last]))
+            verdict.wrong += _judge(trial, {**seen, **woken}, at_store, [*before, last])
         ranks.tell(everyone, None)
         for rank, process in enumerate(ranks.processes):
             process.join(SLACK_S)
@@ -560,15 +604,17 @@ def _ending(seen: dict[int, Seen]) -> str:
     return "committed" if any(one.committed for one in seen.values()) else "aborted"
 
 
-def _judge(trial: Trial, seen: dict[int, Seen], at_store: bool, right: dict[str, Any]) -> list[str]:
-    """What is wrong with how ranks ended the merge; `right`: the values if it was committed."""
+def _judge(trial: Trial, seen: dict[int, Seen], at_store: bool, merges: Merges) -> list[str]:
+    """What is wrong with how ranks ended the merge; `merges`: all that there were if it was committed."""
     wrong = []
     committed = [rank for rank, one in seen.items() if one.committed]
     for rank, one in seen.items():
-        holds = trial.dst in (None, rank)
+        holds = trial.dst in (None, rank, "shard")
         kind = one.ended.split(":")[0]
         if one.committed:
-            wrong += [f"rank {rank} holds {what}" for what in (unlike(one.values or {}, right) if holds else [])]
+            wrong += [
+                f"rank {rank} holds {what}" for what in (_amiss(trial, rank, one.values, merges) if holds else [])
+            ]
             if one.delta_keys:
                 wrong.append(f"rank {rank} has committed and keeps a delta of {one.delta_keys} keys")
             continue
@@ -577,7 +623,8 @@ def _judge(trial: Trial, seen: dict[int, Seen], at_store: bool, right: dict[str,
         if kind == "MergeInDoubt":
             if not at_store:
                 wrong.append(f"rank {rank} is in doubt, and the store lives")
-            wrong += [f"rank {rank} kept {what}" for what in (unlike(one.in_doubt or {}, right) if holds else [])]
+            kept = _amiss(trial, rank, one.in_doubt, merges) if holds else []
+            wrong += [f"rank {rank} kept {what}" for what in kept]
         elif kind not in ("PeerFailed", "MergeAborted"):
             wrong.append(f"rank {rank} raised {one.ended[:300]}")
         elif committed:
@@ -586,29 +633,52 @@ def _judge(trial: Trial, seen: dict[int, Seen], at_store: bool, right: dict[str,
         stood_still = trial.fault == "stop" and rank == trial.victim
         if one.waited_s > trial.limit_s and not stood_still:
             wrong.append(f"rank {rank} waited {one.waited_s:.1f} s, beyond {trial.limit_s:g} s")
-    return wrong
+    return wrong + _owned(trial, {rank: seen[rank].values for rank in committed}, merges)
+
+
+def _amiss(trial: Trial, rank: int, found: dict[str, Any] | None, merges: Merges) -> list[str]:
+    """What is wrong with what one rank holds."""
+    shard = trial.dst == "shard"
+    return unlike(found or {}, expected(trial, merges, rank if shard else None), shard)
+
+
+def _owned(trial: Trial, held: dict[int, dict[str, Any] | None], merges: Merges) -> list[str]:
+    """What is wrong with who holds what, where reductions lie in shards: each on one rank, or on one that is lost."""
+    if trial.dst != "shard" or not held:
+        return []
+    owners = Counter(key for values in held.values() for key in values or {} if key.startswith(REDUCED))
+    wrong = [f"{key} is held by {count} ranks" for key, count in owners.items() if count > 1]
+    lost = expected(trial, merges).keys() - owners.keys() if len(held) == trial.world_size else set()
+    return wrong + [f"{key} is held by no rank" for key in sorted(lost) if key.startswith(REDUCED)]
 
 
 def _judge_going_on(
-    trial: Trial, survivors: list[int], went_on: dict[int, tuple[Any, ...]], right: dict[str, Any], committed: bool
+    trial: Trial, survivors: list[int], went_on: dict[int, tuple[Any, ...]], merges: Merges, committed: bool
 ) -> list[str]:
     """What is wrong with how the survivors merged again, and once more."""
-    dst = None if trial.dst is None else (survivors.index(trial.dst) if trial.dst in survivors else trial.dst)
+    dst = trial.dst
     refused = ""
-    if trial.dst is not None and trial.dst not in survivors:
+    if dst == "shard":
+        if len(survivors) < trial.world_size and (len(trial.blocks) > 2 or committed):
+            refused = "ValueError: the content lies in shards"
+    elif dst is not None and dst in survivors:
+        dst = survivors.index(dst)
+    elif dst is not None:
         if len(trial.blocks) > 2 or committed:
             refused = "ValueError: the content was held by"
-        elif trial.dst >= len(survivors):
+        elif dst >= len(survivors):
             refused = "ValueError: dst="
     wrong = [f"rank {rank} did not merge again, or died" for rank in survivors if rank not in went_on]
+    held = {}
     for place, rank in enumerate(survivors):
         error, found = went_on.get(rank, (refused, codec.encode({})))
         if refused or error:
             if not refused or not error.startswith(refused):
                 wrong.append(f"rank {rank} could not merge again: {error[:500] or 'it did'}")
-        elif dst in (None, place) and rank in went_on:
-            wrong += [f"rank {rank}, later, holds {what}" for what in unlike(codec.decode(found) or {}, right)]
-    return wrong
+        elif dst in (None, place, "shard") and rank in went_on:
+            held[rank] = codec.decode(found)
+            wrong += [f"rank {rank}, later, holds {what}" for what in _amiss(trial, rank, held[rank], merges)]
+    return wrong + _owned(trial, held, merges)
 
 
 # -- many trials -----------------------------------------------------------------------------------------------
