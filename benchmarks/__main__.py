@@ -16,20 +16,24 @@ from distcache.testing import RankPool
 def run(name: str, world_size: int, rounds: int, device: str) -> list[Timings]:
     with RankPool() as pool:
         answers: Any = pool.run(world_size, on_rank, name, rounds, device, timeout_s=1800)
-    found = []
-    for title, times in zip(answers[0][0], slowest([times for _, times in answers]), strict=True):
-        found.append(Timings(title, times[WARM_UPS:], times[0]))
-    return found
+    names, times = answers[0][0], slowest([times for _, times, _ in answers])
+    peaks = [
+        max((p for p in by_rank if p is not None), default=None)
+        for by_rank in zip(*(a[2] for a in answers), strict=True)
+    ]
+    return [Timings(name, found[WARM_UPS:], found[0], peak)
+            for name, found, peak in zip(names, times, peaks, strict=True)]  # fmt: skip
 
 
 def show(name: str, world_size: int, timings: list[Timings]) -> None:
     ours = next((t for t in timings if t.name == "distcache"), timings[0])
     table = Table(title=f"{name}, {world_size} ranks", show_header=True)
-    for column in ("candidate", "median ms", "ours ÷ it", "it ÷ ours", "best ms", "ours ÷ it", "first ms"):
+    for column in ("candidate", "median ms", "ours ÷ it", "it ÷ ours", "best ms", "ours ÷ it", "first ms", "peak MiB"):
         table.add_column(column, justify="left" if column == "candidate" else "right")
     for t in timings:
         medians = (f"{t.median:.1f}", f"{ours.median / t.median:.2f}", f"{t.median / ours.median:.2f}")
-        table.add_row(t.name, *medians, f"{t.best:.1f}", f"{ours.best / t.best:.2f}", f"{t.first:.1f}")
+        table.add_row(t.name, *medians, f"{t.best:.1f}", f"{ours.best / t.best:.2f}", f"{t.first:.1f}",
+                      "–" if t.peak_mib is None else f"{t.peak_mib:.0f}")  # fmt: skip
     Console(width=110).print(table)
 
 

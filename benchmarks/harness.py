@@ -36,12 +36,16 @@ class Candidate:
 
 @dataclass
 class Timings:
-    """Milliseconds of one candidate, of the slowest rank, after the warm-ups; `error` where it could not be run."""
+    """Milliseconds of one candidate, of the slowest rank, after the warm-ups.
+
+    `first`: of its first run. `peak_mib`: what its second took at most beyond what the process held, on the rank that
+    took most.
+    """
 
     name: str
     milliseconds: list[float] = field(default_factory=list)
     first: float | None = None
-    error: str | None = None
+    peak_mib: float | None = None
 
     @property
     def median(self) -> float:
@@ -52,34 +56,69 @@ class Timings:
         return min(self.milliseconds)
 
 
-def time_on_rank(candidates: list[Candidate], rounds: int, device: torch.device) -> list[list[float]]:
-    """Milliseconds of this rank, by candidate and time; the first two of each are in front and warm up."""
+def time_on_rank(
+    candidates: list[Candidate], rounds: int, device: torch.device
+) -> tuple[list[list[float]], list[float | None]]:
+    """Milliseconds of this rank, by candidate and time, the first two of which warm up; and by candidate the MiB that
+    its second run took at most beyond what the process held before it.
+    """
     found: list[list[float]] = [[] for _ in candidates]
+    peaks: list[float | None] = [None] * len(candidates)
     for number in range(rounds + WARM_UPS):
-        for candidate, times in zip(candidates, found, strict=True):
+        for place, (candidate, times) in enumerate(zip(candidates, found, strict=True)):
             if number >= (candidate.rounds or rounds) + WARM_UPS:
                 continue
             for _ in range(candidate.repeats if number >= WARM_UPS else 1):
-                result = _timed(candidate, device, times)
+                result, peak = _timed(candidate, device, times)
+                peaks[place] = peak if len(times) == 2 else peaks[place]
                 if len(times) == 1 and candidate.check is not None:
                     try:
                         candidate.check(result)
                     except AssertionError as error:
                         raise AssertionError(f"{candidate.name} is wrong: {error}") from error
                 del result
-    return found
+    return found, peaks
 
 
-def _timed(candidate: Candidate, device: torch.device, times: list[float]) -> Any:
+def _timed(candidate: Candidate, device: torch.device, times: list[float]) -> tuple[Any, float | None]:
     gc.collect()
     candidate.prepare()
+    before = _forget_peak(device)
     barrier(device)
     start = time.perf_counter()
     result = candidate.run()
     if device.type == "cuda":
         torch.cuda.synchronize()
     times.append((time.perf_counter() - start) * 1e3)
-    return result
+    peak = _peak_mib(device)
+    return result, None if peak is None or before is None else peak - before
+
+
+def _forget_peak(device: torch.device) -> float | None:
+    """MiB that this process, or the device, holds now; the highest so far is forgotten. None where that isn't known."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**20
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return None
+    return _status_mib("VmRSS")
+
+
+def _peak_mib(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return _status_mib("VmHWM")
+
+
+def _status_mib(name: str) -> float | None:
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) / 1024 for line in file if line.startswith(f"{name}:"))
+    except (OSError, StopIteration):
+        return None
 
 
 def barrier(device: torch.device) -> None:

@@ -55,13 +55,15 @@ WORKLOADS = (
 )
 
 
-def on_rank(rank: int, world_size: int, name: str, rounds: int, device: str) -> tuple[list[str], list[list[float]]]:
-    """Names of the candidates and milliseconds by candidate and time."""
+def on_rank(
+    rank: int, world_size: int, name: str, rounds: int, device: str
+) -> tuple[list[str], list[list[float]], list[float | None]]:
+    """Names of the candidates, milliseconds by candidate and time, and peaks."""
     warnings.simplefilter("ignore")
     torchrun_environment(rank, world_size)
     with contextlib.redirect_stderr(io.StringIO()):
         candidates = workload(name, rank, world_size, torch.device(device))
-        return [c.name for c in candidates], time_on_rank(candidates, rounds, torch.device(device))
+        return [c.name for c in candidates], *time_on_rank(candidates, rounds, torch.device(device))
 
 
 def reductions(

@@ -10,10 +10,12 @@ Legend of names: b samples, s tokens, n rows, k keys of one slab (the heads of a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +24,28 @@ from distcache.attention import AttentionCall, pattern, pattern_sum, tap_attenti
 from distcache.cache import ActivationCache
 from distcache.entries import Shown, Slab, registered
 from distcache.errors import SchemaMismatch, SiteError, TooLarge
+from distcache.families import module_paths, named_modules, wrapped
+from distcache.generation import Generation, begun, holds_tokens, token_ids_of
 from distcache.memory import available_bytes, human
+from distcache.midst import FUSED, Offload, apart, check_stop, modules_called, recomputing, replaced
 from distcache.segments import capacity, fits
-from distcache.sites import AttentionTarget, Sites, Target, resolve_sites
+from distcache.sites import AttentionTarget, Site, Sites, Target, resolve_sites
 from distcache.strategies import Columns, Extend, Fieldwise, Strategy, Value
-from distcache.tokens import Batch, as_selector, bound_arguments, open_batch
+from distcache.tokens import (
+    Batch,
+    Given,
+    Mask,
+    Stream,
+    as_selector,
+    bound_arguments,
+    find_streams,
+    open_batch,
+)
 
 if TYPE_CHECKING:
     from distcache.distributed import DistributedCache
+
+Phase = Literal["prompt", "new", "all"]
 
 
 class Recording(ActivationCache):
@@ -42,8 +58,9 @@ class Recording(ActivationCache):
         super().__init__()
         self._recorder: _Recorder | None = None
 
-    def next(self, index: Iterable[int] | Tensor | None = None, mask: Tensor | None = None, **columns: Tensor) -> None:
-        """Set index, mask and columns of the next forward pass: one entry per sample, or per token. See `record`.
+    def next(self, index: Iterable[int] | Tensor | None = None, mask: Mask | None = None, **columns: Tensor) -> None:
+        """Set index, mask and columns of the next forward pass or generation: one entry per sample, or per token. See
+        `record`.
 
         RuntimeError after the block has ended.
         """
@@ -58,8 +75,10 @@ def record(
     sites: Sites,
     into: ActivationCache | DistributedCache | None = None,
     *,
-    mask: Tensor | None = None,
+    mask: Mask | None = None,
     index: Iterable[int] | Tensor | None = None,
+    phase: Phase = "all",
+    stop: bool = False,
     **columns: Tensor,
 ) -> Iterator[Recording]:
     """Record sites of a model during forward passes, `model(…)`, in the block. Not a collective.
@@ -68,35 +87,52 @@ def record(
     whatever happened, and the model computes what it would have computed. A compiled model runs eagerly meanwhile,
     because compiled graphs leave hooks out without a word.
 
+    `model.generate(…)` is one contribution: it counts once it has returned, and rows come by sample, then position.
+    Rows know the `step` (0 the prompt, n the pass that was fed the n-th new token) and the `token_id`. What is fed
+    for a sequence from its end on counts nowhere. Beams, several sequences a sample and drafts of another model are
+    refused. In a decoding loop of one's own each pass that is given a cache with tokens in it goes on with the texts
+    of the pass before.
+
     Args:
         model: the module that is called. Its parts alone must not be: `SiteError`.
         sites: names of a known family, paths, `Site`s, or a dict of key template to one of these.
         into: accumulate straight into this cache, by the strategies that it has when the block opens; for a
             `DistributedCache`, into its delta, in deferred mode. The sites' own strategies win.
-        mask: padding [B, S], non-zero for valid tokens; None: the model's own `attention_mask`, else all are valid.
+        mask: padding [B, S], non-zero for valid tokens; a function that makes it of the call's arguments by name; of
+            an encoder-decoder a dict, {"encoder": …, "decoder": …}; None: the model's own, by its keyword
+            (`attention_mask`, `src_key_padding_mask`, …), wherever it stands in the call, else all are valid. A vision
+            tower has none.
         index: the samples' places in the data set, one entry per sample [B].
+        phase: of a generation: "prompt", "new" for the tokens that were generated and fed again, or "all".
+        stop: end each forward pass after the last site; the model's call gives None.
         columns: what to keep beside each row: tensors [B], or [B, S] per token.
 
-    mask, index and columns belong to one forward pass: set those of a further one with `next`.
+    mask, index and columns belong to one forward pass or generation: set those of a further one with `next`.
 
     Raises `SiteError` before the first pass for sites that can't be, in a pass for values and masks that don't fit, and
     at a pass's end for a site that reported nothing; `TooLarge` before the pass whose accumulators wouldn't fit;
     TypeError if `into` is no cache.
     """
+    core = module_paths(model)[""][1]  # in what was put around the whole of it
     targets, attention = resolve_sites(model, sites)
     local = Recording()
-    recorder = _Recorder(model, targets, attention, local, into)
+    recorder = _Recorder(core, targets, attention, local, into, phase, stop)
     recorder.expect(index, mask, columns)
     local._recorder = recorder
     try:
         with recorder.attached():
             yield local
+        recorder.check_phase()
     finally:
         local._recorder = None
 
 
+class _Stop(BaseException):
+    """Ends a forward pass after its last site."""
+
+
 class _Recorder:
-    """The passes of one `record` block."""
+    """The passes of one `record` block. A *contribution*, which counts as a whole, is one pass, or a generation."""
 
     def __init__(
         self,
@@ -105,8 +141,16 @@ class _Recorder:
         attention: Sequence[AttentionTarget],
         local: Recording,
         into: ActivationCache | DistributedCache | None,
+        phase: Phase,
+        stop: bool,
     ) -> None:
+        if phase not in ("prompt", "new", "all"):
+            raise SiteError(f"phase is 'prompt', 'new' or 'all', got {phase!r}.")
         self.model = model
+        self.roots = [model]  # a wrapper's own methods may call what it wraps
+        while (inner := wrapped(self.roots[-1])) is not None:
+            self.roots.append(inner)
+        self.streams = find_streams(model, named_modules(model))
         self.targets = targets
         self.attention: dict[int, list[AttentionTarget]] = {}  # by the id of their module
         for target in attention:
@@ -115,28 +159,51 @@ class _Recorder:
         self.into = into
         if into is not None and not isinstance(into, ActivationCache) and not hasattr(into, "_need_deferred"):
             raise TypeError(f"into is an ActivationCache or a DistributedCache, got {type(into).__name__}.")
+        self.phase, self.stop = phase, stop
         self.selectors = {id(target): as_selector(target.site.tokens, target.where) for target in targets}
         self.strategies = {id(target): self._strategies(target) for target in targets}
         everything: list[Target | AttentionTarget] = [*targets, *attention]
         self.order = [key for target in everything for key in target.all_keys()]
-        self.expected = [target for target in everything if not target.site.optional]
-        self.batch: Batch | None = None
+        self.expected = {id(target): target for target in everything if not target.site.optional}
+        if stop:
+            check_stop(model, [target.where for target in everything if target.site.optional])
+        self.by_token_id = any(
+            getattr(strategy, "by", None) == "token_id"
+            for found in self.strategies.values()
+            for strategy in found.values()
+        )
+        self.given = Given(token_id=self.by_token_id)
+        self.used = False  # whether a contribution has used up what was given
+        self.indexed: bool | None = None  # whether contributions have come with an index
+        # Of the contribution that is under way, or was the last:
+        self.samples: Tensor | None = None
+        self.counted = False  # whether its samples are in the ledger, or numbered
+        self.past: dict[str, Generation] = {}  # by stream
+        self.step = 0
+        self.generating = False
+        self.went_on = False  # whether any text was
         self.slabs: list[Slab] = []
         self.shown: list[Shown] = []
+        self.seen_ever: set[int] = set()
+        # Of the pass that is under way:
+        self.inside: nn.Module | None = None  # the root that was called
+        self.running: list[tuple[str, Batch]] = []
+        self.latest: tuple[str, Batch] | None = None
         self.seen: set[int] = set()
-        self.index: Iterable[int] | Tensor | None = None
-        self.mask: Tensor | None = None
-        self.columns: Mapping[str, Tensor] = {}
-        self.used = False  # whether a pass has used up index, mask and columns
-        self.indexed: bool | None = None  # whether passes have come with an index
+        self.offload = Offload()
         self._check_room(None)
 
-    def expect(self, index: Iterable[int] | Tensor | None, mask: Tensor | None, columns: Mapping[str, Tensor]) -> None:
-        taken = sorted(columns.keys() & {"sample", "position"})
+    def expect(self, index: Iterable[int] | Tensor | None, mask: Mask | None, columns: Mapping[str, Tensor]) -> None:
+        taken = sorted(columns.keys() & {"sample", "position", "step"})
         if taken:
             raise SiteError(f"columns {taken} are every row's own already: give yours other names.")
-        self.index = index if index is None or isinstance(index, (Tensor, int)) else list(index)
-        self.mask, self.columns, self.used = mask, columns, False
+        if isinstance(mask, Mapping) and (unknown := sorted(mask.keys() - {stream.name for stream in self.streams})):
+            names = [stream.name or "''" for stream in self.streams]
+            raise SiteError(
+                f"mask has entries for {unknown}, where the model has {names}: give a mask for each of these."
+            )
+        index = index if index is None or isinstance(index, (Tensor, int)) else list(index)
+        self.given, self.used = Given(mask, index, columns, token_id=self.by_token_id), False
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -144,8 +211,15 @@ class _Recorder:
             # Compiled graphs leave hooks out without a word. Always, and not only where a module looks compiled: a
             # function around the model may be, or the model in the block. 5 µs; 0.8 s once, to import the compiler.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if any(isinstance(module, FUSED) for module in self.model.modules()):
+                stack.enter_context(modules_called())
             # Hooks of one module run in the order they came: a pass must be opened before and closed after its sites.
-            stack.callback(self.model.register_forward_pre_hook(self._open, with_kwargs=True).remove)
+            for root in self.roots:
+                stack.callback(root.register_forward_pre_hook(self._open, with_kwargs=True).remove)
+            parts = [stream for stream in self.streams if stream.module is not self.model]
+            for stream in parts:
+                before = self._before_stream(stream)
+                stack.callback(stream.module.register_forward_pre_hook(before, with_kwargs=True).remove)
             for target in self.targets:
                 if target.io == "input":
                     handle = target.module.register_forward_pre_hook(self._before(target), with_kwargs=True)
@@ -154,57 +228,181 @@ class _Recorder:
                 stack.callback(handle.remove)
             if self.attention:
                 modules = [target.module for targets in self.attention.values() for target in targets[:1]]
-                stack.enter_context(tap_attention(modules, self._attend))
-            stack.callback(self.model.register_forward_hook(self._close).remove)
+                stack.enter_context(tap_attention(modules, self._attend, lambda: self.step <= 0))
+            for stream in parts:
+                stack.callback(stream.module.register_forward_hook(self._after_stream(stream)).remove)
+            for root in self.roots:
+                stack.callback(root.register_forward_hook(self._close).remove)
+            if self.stop:
+                stack.enter_context(replaced(self.model, "forward", self._stopping))
+            if hasattr(self.model, "generate"):
+                stack.enter_context(replaced(self.model, "generate", self._generate))
             yield
 
-    # -- one pass ----------------------------------------------------------------------------------------------
+    def _stopping(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def stopping(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return forward(*args, **kwargs)
+            except _Stop:
+                return None
 
-    def _open(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _recomputing():
-            return
-        self.batch, self.slabs, self.shown, self.seen = None, [], [], set()  # what a pass that raised has left
-        if self.used and (self.index is not None or self.mask is not None or self.columns):
+        return stopping
+
+    # -- contributions -----------------------------------------------------------------------------------------
+
+    def _begin(self, past: Generation) -> None:
+        """Another contribution, whose texts begin so; what one that raised has left is dropped."""
+        given = self.given
+        mask = None if callable(given.mask) else given.mask
+        if self.used and (given.index is not None or mask is not None or given.columns):
             raise SiteError(
                 "index, mask and columns given to record() belong to one forward pass, and this is a further one: call "
                 "rec.next(index=…) before it."
             )
-        if self.indexed not in (None, self.index is not None):
+        if self.indexed not in (None, given.index is not None):
             raise SiteError(
                 "passes of one record() all have an index or none has: give each its own, rec.next(index=…)."
             )
-        first = self._sink()._num_samples
-        given = {"mask": self.mask, "index": self.index, "columns": self.columns, "first": first}
-        with torch.inference_mode(False):  # or columns could not be written to later
-            batch = open_batch(self.model, args, kwargs, **given)  # type: ignore[arg-type]
+        self.given = dataclasses.replace(given, first=self._sink()._num_samples)
+        self.samples, self.counted, self.step = None, False, 0
+        self.slabs, self.shown, self.seen_ever = [], [], set()
+        self.past = {stream.name: dataclasses.replace(past) for stream in self.streams if not stream.patches}
+
+    def _generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """`model.generate` as one contribution."""
+
+        @functools.wraps(generate)
+        def generating(*args: Any, **kwargs: Any) -> Any:
+            if self.generating:  # one that calls itself, to try again
+                return generate(*args, **kwargs)
+            past = begun(self.model, args, kwargs)
+            if self.stop:
+                raise SiteError("stop=True ends forward passes, and generating needs what they give: leave it out.")
+            self._check_goes_on()
+            self._begin(past)
+            self.generating, self.step, self.inside = True, -1, None
+            self.running, self.latest, self.seen = [], None, set()
+            try:
+                result = generate(*args, **kwargs)
+                self.shown = in_order(self.shown)
+                self._fold()
+            finally:
+                self.generating = False
+                self.slabs, self.shown = [], []
+            return result
+
+        return generating
+
+    def _check_goes_on(self) -> None:
+        """`SiteError` for sites that mean nothing of tokens that come one by one."""
+        self.went_on = True
+        if self.phase == "prompt":
+            return
+        for target in self.targets:
+            if self.selectors[id(target)] != "all":
+                raise SiteError(
+                    f"site {target.where}: tokens={target.site.tokens!r} of texts that are being generated isn't known "
+                    "before their end: take tokens='all', or the prompt's alone, record(…, phase='prompt')."
+                )
         if self.attention:
+            (averaged, *_), *_ = self.attention.values()
+            raise SiteError(
+                f"site {averaged.where}: patterns of tokens that are generated one by one can't be averaged: take the "
+                "prompt's, record(…, phase='prompt'), or a forward pass over whole texts."
+            )
+
+    def check_phase(self) -> None:
+        """At the block's end: `SiteError` if what was asked for can't have come."""
+        if self.phase == "new" and not self.went_on:
+            raise SiteError("phase='new' is of generated tokens, and nothing was generated in the block.")
+
+    def _fold(self) -> None:
+        """Count what the contribution has shown since the last time."""
+        if self.samples is None or not (self.slabs or self.shown or self.step == 0):
+            return
+        self.offload.wait()
+        indexed = self.samples if self.given.index is not None and not self.counted else None
+        num_samples = 0 if self.counted else len(self.samples)
+        with torch.inference_mode(False), torch.no_grad():
+            self._sink()._take_pass(self.slabs, self.shown, self.order, num_samples, indexed, raw=self.into is None)
+        self.slabs, self.shown, self.used, self.counted = [], [], True, True
+        self.indexed = self.given.index is not None
+
+    # -- one pass ----------------------------------------------------------------------------------------------
+
+    def _open(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if recomputing() or self.inside not in (None, root):
+            return
+        self.inside = None
+        goes_on = not self.generating and holds_tokens(bound_arguments(root, args, kwargs))
+        if goes_on:
+            if self.samples is None:
+                raise SiteError(
+                    "this pass goes on with texts whose beginning wasn't recorded, so that positions and padding "
+                    "aren't known: record the prompt's pass too, with phase='new' if it isn't wanted."
+                )
+            self._check_goes_on()
+            self.slabs, self.shown = [], []
+        elif not self.generating:
+            self._begin(Generation(token_ids_of(getattr(self.model, "generation_config", None), "eos_token_id")))
+        if goes_on or self.generating:
+            self.step += 1
+        if not (self.generating and self.step == 0):  # an encoder runs before the first pass of a generation
+            self.running, self.latest, self.seen = [], None, set()
+        if self.streams[0].module is self.model:
+            self._enter(self.streams[0], root, args, kwargs)
+        self.inside = root
+
+    def _enter(self, stream: Stream, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A stream begins: `module`, which is its own or a wrapper of it, was called so."""
+        past = None if stream.name == "encoder" else self.past.get(stream.name)  # an encoder sees whole texts
+        with torch.inference_mode(False):  # or columns could not be written to later
+            batch = open_batch(dataclasses.replace(stream, module=module), args, kwargs, self.given, past, self.samples)
+        self.samples = batch.samples
+        self.running.append((stream.name, batch))
+        self.latest = self.running[-1]
+        if self.attention and stream.name in ("", "encoder", "decoder") and not batch.patches:
             if batch.num_tokens is None:
                 raise SiteError("attention sites need token ids [B, S] or embeddings [B, S, D] as the model's input.")
-            self._check_room(max((stop - start for start, stop in batch.spans), default=0))
-        self.batch = batch
+            if self.step <= 0:
+                self._check_room(max((stop - start for start, stop in batch.spans), default=0))
+
+    def _before_stream(self, stream: Stream) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not recomputing() and (self.inside is not None or self.generating):
+                self._enter(stream, module, args, kwargs)
+
+        return before
+
+    def _after_stream(self, stream: Stream) -> Callable[..., None]:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not recomputing() and self.running and self.running[-1][0] == stream.name:
+                self.running.pop()
+
+        return after
 
     def _before(self, target: Target) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not _recomputing():
+            if not recomputing():
                 self._see(target, args or bound_arguments(module, args, kwargs))
 
         return hook
 
     def _after(self, target: Target) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not _recomputing():
+            if not recomputing():
                 self._see(target, output)
 
         return hook
 
     def _see(self, target: Target, shown: Any) -> None:
         batch = self._current(target)
+        if batch is None:
+            return
         x = _first_tensor(shown, target.where).detach()
-        with _apart(x.device):
-            if target.part is not None:
-                i, n = target.part
-                x = x.unflatten(-1, (n, -1))[..., i, :]
-            x_n, columns = self._rows(target, batch, x)
+        with apart(x.device):
+            x_n, columns = self._rows(target, batch, x if target.part is None else target.part.of(x))
             if target.site.transform is not None:
                 x_n = _transformed(target, x_n, columns)
             if target.per_head:
@@ -218,15 +416,32 @@ class _Recorder:
             for suffix, strategy in self.strategies[id(target)].items():
                 keys = target.suffixed(suffix)
                 if isinstance(strategy, Fieldwise):
-                    self.slabs.append(_reduced(target, keys, strategy, Value(x_n, rows=True, columns=columns)))
+                    self._add(_reduced(target, keys, strategy, Value(x_n, rows=True, columns=columns)))
                     continue
-                kept = _own(x_n, x, target.site.dtype, target.site.device) if kept is None else kept
+                kept = self._own(x_n, x, target.site) if kept is None else kept
                 for k, key in enumerate(keys):
                     part = kept[:, k] if target.per_head else kept
                     self.shown.append(Shown(key, Value(part, rows=True, columns=columns), strategy))
+        self._stop_here()
+
+    def _add(self, slab: Slab) -> None:
+        """Stage a state; of a generation, whose passes are many, those of one key together."""
+        if self.generating and self.step > 0:
+            for place, before in enumerate(self.slabs):
+                if before.keys == slab.keys and (joined := _joined(before, slab)) is not None:
+                    self.slabs[place] = joined
+                    return
+        self.slabs.append(slab)
 
     def _rows(self, target: Target, batch: Batch, x: Tensor) -> tuple[Tensor, Columns]:
         """The rows of a site's value that count, [n, …], and what is known of them."""
+        layout = target.layout or target.site.layout
+        if layout == "SBD" and x.dim() > 1:
+            x = x.transpose(0, 1)
+        elif layout == "ND" and batch.num_tokens is not None:
+            x = batch.unpacked(x, target.where)
+        if batch.num_tokens is None and (batch.patches or layout) and x.dim() > 2 and len(x) == batch.num_samples:
+            batch = batch.with_tokens(x.shape[1])
         leading = (batch.num_samples, batch.num_tokens)
         if batch.num_tokens is not None and x.dim() > 2 and tuple(x.shape[:2]) == leading:
             selection = batch.select(self.selectors[id(target)])
@@ -235,13 +450,29 @@ class _Recorder:
             return x, batch.per_sample
         raise SiteError(
             f"site {target.where}: expected a value [B, S, …] = {leading}, or one row a sample, "
-            f"[{batch.num_samples}, …], got {tuple(x.shape)}. Hook a module that keeps samples (and tokens) apart."
+            f"[{batch.num_samples}, …], got {tuple(x.shape)}. Hook a module that keeps samples (and tokens) apart, or "
+            "name its order: Site(…, layout='SBD'), or 'ND' for rows of tokens."
         )
+
+    def _own(self, x_n: Tensor, shown: Tensor, site: Site) -> Tensor:
+        """A tensor that the model won't write to: converted, moved or copied, at most once."""
+        device = x_n.device if site.device is None else torch.device(site.device)
+        kept = x_n.to(site.dtype or x_n.dtype)
+        if x_n.is_cuda and device.type == "cpu":
+            if _shares(kept, shown):
+                kept = kept.clone()  # on the GPU, in the stream that will write to it
+            return self.offload.copy(kept)
+        kept = kept.to(device)
+        return kept.clone(memory_format=torch.contiguous_format) if _shares(kept, shown) else kept
 
     def _attend(self, call: AttentionCall) -> None:
         for target in self.attention[id(call.module)]:
             batch = self._current(target)
-            with _apart(call.query_bhqd.device):
+            if batch is None:
+                continue
+            if batch.patches:
+                batch = batch.with_tokens(call.query_bhqd.shape[2])
+            with apart(call.query_bhqd.device):
                 if target.strategy is None:
                     patterns = [pattern(call, batch.spans, b) for b in range(batch.num_samples)]
                     for k, key in enumerate(target.keys):
@@ -255,40 +486,53 @@ class _Recorder:
                 state = {"total": total_hss, "count": count_s1.expand(len(target.keys), size, 1)}
                 result = target.strategy.result_dtype(call.query_bhqd.dtype)
                 self.slabs.append(Slab(target.keys, target.strategy, state, result))
+        self._stop_here()
 
-    def _current(self, target: Target | AttentionTarget) -> Batch:
-        """The batch of the pass that a site reports in, noting that it has."""
-        if self.batch is None:
+    def _current(self, target: Target | AttentionTarget) -> Batch | None:
+        """The batch of the stream that a site reports in, noting that it has; None where it isn't asked."""
+        if self.latest is None or (self.inside is None and not self.generating):
             raise SiteError(
                 f"site {target.where} ran outside of a forward pass of the model given to record() "
                 f"({type(self.model).__name__}): call that model, not a part of it."
             )
+        stream, batch = self.running[-1] if self.running else self.latest
+        if isinstance(target, Target) and target.stream not in (None, stream):
+            return None
         if id(target) in self.seen:
             raise SiteError(
                 f"site {target.where} ran twice in one forward pass, so its samples would count twice. Hook a module "
                 "that runs once, such as the one around it."
             )
         self.seen.add(id(target))
-        return self.batch
+        if self.phase != "all" and (self.phase == "prompt") != (self.step <= 0):
+            return None
+        self.seen_ever.add(id(target))
+        return batch
 
-    def _close(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if _recomputing() or self.batch is None:
+    def _stop_here(self) -> None:
+        if self.stop and self.seen >= self.expected.keys():
+            raise _Stop
+
+    def _close(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if recomputing() or self.inside is not root:
             return
-        batch, self.batch = self.batch, None
-        silent = [target.where for target in self.expected if id(target) not in self.seen]
-        if silent:
-            shown = ", ".join(silent[:6]) + (f" and {len(silent) - 6} more" if len(silent) > 6 else "")
-            raise SiteError(
-                f"{len(silent)} of {len(self.expected)} sites reported nothing in this forward pass: {shown}. "
-                "The model did not run these modules (or their attention isn't one that transformers hands out); give "
-                "Site(…, optional=True) to those that may be left out."
-            )
-        indexed = batch.samples if batch.indexed else None
-        with torch.inference_mode(False), torch.no_grad():
-            self._sink()._take_pass(
-                self.slabs, self.shown, self.order, batch.num_samples, indexed, raw=self.into is None
-            )
-        self.slabs, self.shown, self.used, self.indexed = [], [], True, batch.indexed
+        self.inside = None
+        self._check_silent()
+        if not self.generating:
+            self._fold()
+
+    def _check_silent(self) -> None:
+        """`SiteError` for a site that reported nothing; what a later pass of a text leaves out, an encoder, may be."""
+        seen = self.seen_ever if self.step > 0 and self.phase != "new" else self.seen
+        silent = [target.where for key, target in self.expected.items() if key not in seen]
+        if not silent:
+            return
+        shown = ", ".join(silent[:6]) + (f" and {len(silent) - 6} more" if len(silent) > 6 else "")
+        raise SiteError(
+            f"{len(silent)} of {len(self.expected)} sites reported nothing in this forward pass: {shown}. "
+            "The model did not run these modules (or their attention isn't one that transformers hands out); give "
+            "Site(…, optional=True) to those that may be left out."
+        )
 
     def _sink(self) -> ActivationCache:
         if self.into is None:
@@ -348,24 +592,6 @@ class _Recorder:
                 )
 
 
-def _recomputing() -> bool:
-    """Whether activation checkpointing runs forward again inside backward: the same samples, a second time."""
-    return torch._C._current_graph_task_id() != -1
-
-
-@contextlib.contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
-    """Arithmetic of ours in the midst of a model's: what is made here can be written to later, no graph holds it, and
-    autocast doesn't round it.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield
-
-
 def _first_tensor(shown: Any, where: str) -> Tensor:
     """The first tensor with dims of what a module was given or returned (a loss comes first, and has none)."""
     items: Iterable[Any] = (shown,)
@@ -408,9 +634,43 @@ def _reduced(target: Target, keys: tuple[str, ...], strategy: Fieldwise, value: 
     return Slab(keys, strategy, state, strategy.result_dtype(value.data.dtype))
 
 
-def _own(x_n: Tensor, shown: Tensor, dtype: torch.dtype | None, device: str | torch.device | None) -> Tensor:
-    """A tensor that the model won't write to: converted, moved or copied, at most once."""
-    kept = x_n.to(device=device or x_n.device, dtype=dtype or x_n.dtype)
-    if kept.untyped_storage().data_ptr() == shown.untyped_storage().data_ptr():
-        kept = kept.clone(memory_format=torch.contiguous_format)
-    return kept
+def _shares(x: Tensor, shown: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == shown.untyped_storage().data_ptr()
+
+
+# -- generation ------------------------------------------------------------------------------------------------
+
+
+def in_order(shown: Sequence[Shown]) -> list[Shown]:
+    """What the passes of a generation have shown, by key: rows by sample, then by position, as one value."""
+    by_key: dict[str, list[Shown]] = {}
+    for one in shown:
+        by_key.setdefault(one.key, []).append(one)
+    orders: dict[tuple[int, ...], tuple[Tensor, Columns]] = {}
+    found = []
+    for key, parts in by_key.items():
+        columns = [part.value.columns for part in parts if part.value.columns is not None]
+        if len(parts) == 1 or not parts[0].value.rows or len(columns) < len(parts):
+            found.extend(parts)
+            continue
+        identity = tuple(map(id, columns))
+        if identity not in orders:
+            names = [name for name in columns[0].by_name if all(name in one.by_name for one in columns)]
+            by_name = {name: torch.cat([one.by_name[name] for one in columns]) for name in names}
+            order = by_name["sample"].argsort(stable=True)
+            ordered = Columns({name: column[order] for name, column in by_name.items()}, columns[0].indexed)
+            orders[identity] = (order, ordered)
+        order, ordered = orders[identity]
+        data = torch.cat([part.value.data for part in parts])[order.to(parts[0].value.data.device)]
+        found.append(Shown(key, Value(data, rows=True, columns=ordered), parts[0].strategy))
+    return found
+
+
+def _joined(before: Slab, slab: Slab) -> Slab | None:
+    """Two states of the same keys as one; None where their shapes differ."""
+    shapes = [{name: tensor.shape for name, tensor in one.state.items()} for one in (before, slab)]
+    if shapes[0] != shapes[1] or before.result != slab.result:
+        return None
+    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in before.state.items()}
+    slab.strategy.fold_(state, slab.state)
+    return dataclasses.replace(before, state=state)

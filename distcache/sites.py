@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from distcache.errors import SiteError
-from distcache.families import Family, bare_name, find_family, named_modules
+from distcache.families import Family, Part, family_of, find_families, module_paths
 from distcache.strategies import AveragePattern, Columns, Fieldwise, Strategy, as_strategy, describe
 from distcache.tokens import Tokens, as_selector
 
+Layout = Literal["BSD", "SBD", "ND"]
+Classes = type[nn.Module] | tuple[type[nn.Module], ...]
 Reduce = Strategy | str | Callable[[list[Tensor]], Tensor]
 
 ATTENTION_SITES = ("avg_attn_pattern", "pattern")
@@ -38,13 +40,17 @@ class Site:
         dtype, device: what rows that are kept are converted and moved to.
         transform: `transform(x_n, columns)` on the selected rows [n, …]; keeps their number and writes to none, because
             they may be the model's own.
+        layout: the order of the value's dims, where it isn't the usual [B, S, …]: "SBD" for tokens first, "ND" for rows
+            of tokens, [B·S, …] or the valid ones alone; "BSD" for tokens along dim 1 where the model's input has none.
         optional: whether the site may report nothing in a pass, as routed experts do.
         key: the key's name, with `{layer}` where the path has it (and `{head}` for heads), or `{path}` for the path.
+        type: every module of this class, or of these, below the path if there is one; keys are their paths, if `key`
+            says nothing else.
 
     `SiteError` for a side, tokens, layers or strategies that mean nothing.
     """
 
-    name_or_path: str
+    name_or_path: str | None = None
     io: Literal["input", "output"] = "output"
     tokens: Tokens = "all"
     reduce: Reduce | Mapping[str, Reduce] | None = None
@@ -52,16 +58,27 @@ class Site:
     dtype: torch.dtype | None = None
     device: str | torch.device | None = None
     transform: Callable[[Tensor, Columns], Tensor] | None = None
+    layout: Layout | None = None
     optional: bool = False
     key: str | None = None
+    type: Classes | None = None
 
     def __post_init__(self) -> None:
+        if self.name_or_path is None and self.type is None:
+            raise SiteError("a site needs a name, a module's path, or type= for every module of a class.")
         if self.io not in ("input", "output"):
             raise SiteError(f"site {self.name_or_path!r}: io is 'input' or 'output', got {self.io!r}.")
         if self.layers is not None and (isinstance(self.layers, str) or not isinstance(self.layers, Sequence)):
             raise SiteError(f"site {self.name_or_path!r}: layers is a list of numbers or None, got {self.layers!r}.")
-        as_selector(self.tokens, self.name_or_path)
+        if self.layout not in (None, "BSD", "SBD", "ND"):
+            raise SiteError(f"site {self.name_or_path!r}: layout is 'BSD', 'SBD' or 'ND', got {self.layout!r}.")
+        as_selector(self.tokens, self.named)
         self.strategies()
+
+    @property
+    def named(self) -> str:
+        """The name or the path; "" for the model itself, or everywhere."""
+        return self.name_or_path or ""
 
     def strategies(self) -> dict[str, Strategy | None]:
         """Suffix -> strategy; None where the cache that rows go into decides."""
@@ -88,8 +105,9 @@ Sites = Sequence[str | Site] | Mapping[str, str | Site] | str | Site
 class Target:
     """A site at one module: what a hook needs to know.
 
-    `keys`: one, or one per head that lies in the last dim. `part`: (i, n) for the i-th of n equal parts of the last
-    dim. `strategies`: as of `Site.strategies`.
+    `keys`: one, or one per head that lies in the last dim. `part`: what of the module's value the site is,
+    if not the whole. `strategies`: as of `Site.strategies`. `layout`: of the value, where it isn't the site's.
+    `stream`: the one to be seen in, of a module that runs in several.
     """
 
     site: Site
@@ -98,8 +116,10 @@ class Target:
     keys: tuple[str, ...]
     where: str
     per_head: bool = False
-    part: tuple[int, int] | None = None
+    part: Part | None = None
     strategies: Mapping[str, Strategy | None] = field(default_factory=dict)
+    layout: Layout | None = None
+    stream: str | None = None
 
     def all_keys(self) -> Iterator[str]:
         """Every key that it fills."""
@@ -129,27 +149,23 @@ def resolve_sites(model: nn.Module, sites: Sites) -> tuple[list[Target], list[At
     """The modules that sites mean. `SiteError`, before any forward pass, for a site that means none, a template
     without its placeholder, or two sites with one key.
     """
-    modules = named_modules(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and any(
-        name.rpartition(".")[2] == "decoder" for name in modules
-    ):
-        # The encoder's mask fits what a decoder shows, by chance, where texts are as long.
-        raise SiteError(
-            f"{type(model).__name__} has an encoder and a decoder, each with a mask of its own: record one of them, as "
-            "in record(model.get_encoder(), …), and call the whole model as before."
-        )
-    family: Family | None = None
+    paths = module_paths(model)
+    families: list[Family] | None = None
     targets: list[Target] = []
     attention: list[AttentionTarget] = []
     for site in _as_sites(sites):
-        if not site.name_or_path.isidentifier() or site.name_or_path in modules:
-            targets.extend(_path_targets(modules, site))
+        if site.type is not None:
+            targets.extend(_typed_targets(paths, site, site.type))
             continue
-        family = family or find_family(model, modules, site.name_or_path)
-        if site.name_or_path in ATTENTION_SITES:
-            attention.extend(_attention_targets(modules, family, site))
+        if not site.named.isidentifier() or site.named in paths:
+            targets.extend(_path_targets(paths, site))
+            continue
+        families = find_families(model) if families is None else families
+        family = family_of(model, families, site.named)
+        if family.plain(site.named) in ATTENTION_SITES:
+            attention.extend(_attention_targets(family, site))
         else:
-            targets.extend(_named_targets(modules, family, site))
+            targets.extend(_named_targets(family, site))
     _check_keys([*targets, *attention])
     return targets, attention
 
@@ -170,10 +186,10 @@ def _as_sites(sites: Sites) -> list[Site]:
     return found
 
 
-def _named_targets(modules: Mapping[str, nn.Module], family: Family, site: Site) -> list[Target]:
-    name = site.name_or_path
+def _named_targets(family: Family, site: Site) -> list[Target]:
+    name = site.named
     point = family.point(name)
-    per_head = name.startswith("head_")
+    per_head = family.plain(name).startswith("head_")
     per_layer = "{block}" in point.path
     template = site.key or (f"{name}_L{{layer}}H{{head}}" if per_head else f"{name}_{{layer}}" if per_layer else name)
     _check_template(site, template, {name for name, there in (("layer", per_layer), ("head", per_head)) if there})
@@ -183,12 +199,17 @@ def _named_targets(modules: Mapping[str, nn.Module], family: Family, site: Site)
         heads = range(family.heads(point)) if per_head else [0]
         keys = tuple(template.format(layer=layer, head=head) for head in heads)
         where = f"{name!r} at {path}"
-        found.append(Target(site, modules[path], point.io, keys, where, per_head, point.part, site.strategies()))
+        part, layout = family.part(point, layer), family.value_layout(point)
+        strategies = site.strategies()
+        found.append(
+            Target(site, family.modules[path], point.io, keys, where, per_head, part, strategies, layout, family.stream)
+        )
     return found
 
 
-def _attention_targets(modules: Mapping[str, nn.Module], family: Family, site: Site) -> list[AttentionTarget]:
-    name = site.name_or_path
+def _attention_targets(family: Family, site: Site) -> list[AttentionTarget]:
+    name = site.named
+    family.check(name)
     template = site.key or f"{name}_L{{layer}}H{{head}}"
     _check_template(site, template, {"layer", "head"})
     if site != Site(name, reduce=site.reduce, layers=site.layers, optional=site.optional, key=site.key):
@@ -196,7 +217,7 @@ def _attention_targets(modules: Mapping[str, nn.Module], family: Family, site: S
             f"site {name!r} is of whole patterns: only reduce, layers, optional and key mean something to it."
         )
     strategy: AveragePattern | None = None
-    if name == "avg_attn_pattern":
+    if family.plain(name) == "avg_attn_pattern":
         given = AveragePattern() if site.reduce is None else site.strategies().get("")
         if not isinstance(given, AveragePattern):
             raise SiteError(
@@ -209,14 +230,15 @@ def _attention_targets(modules: Mapping[str, nn.Module], family: Family, site: S
     found = []
     for layer in _wanted_layers(site, range(family.num_layers)):
         keys = tuple(template.format(layer=layer, head=head) for head in range(family.num_heads))
-        module = modules[family.path(family.layout.attention, layer)]
+        module = family.modules[family.path(family.layout.attention, layer)]
         found.append(AttentionTarget(site, module, keys, f"{name!r} at layer {layer}", strategy))
     return found
 
 
-def _path_targets(modules: Mapping[str, nn.Module], site: Site) -> list[Target]:
-    path = bare_name(site.name_or_path)
-    template = site.key or path
+def _path_targets(paths: Mapping[str, tuple[str, nn.Module]], site: Site) -> list[Target]:
+    """The modules of a path, or of a template of paths; `paths`: as of `module_paths`."""
+    path, template = site.named, site.key or "{path}"
+    where = repr(site.key or path)
     in_path, in_key = _fields(site, path), _fields(site, template)
     unknown = sorted((in_path - {"layer"}) | (in_key - {"layer", "path"}))
     if unknown:
@@ -224,28 +246,53 @@ def _path_targets(modules: Mapping[str, nn.Module], site: Site) -> list[Target]:
     if in_path != in_key - {"path"} and "path" not in in_key:
         lacking = "key template" if in_path else "path"
         raise SiteError(
-            f"site {template!r}: {path!r}: the {lacking} lacks {{layer}}. A template and its path have the same "
+            f"site {where}: {path!r}: the {lacking} lacks {{layer}}. A template and its path have the same "
             "placeholder, as in {'resid_out_{layer}': 'model.layers.{layer}'}."
         )
     pattern = re.compile(
         re.escape(path).replace(r"\{layer\}", r"(?P<layer>\d+)", 1).replace(r"\{layer\}", "(?P=layer)")
     )
-    matches = [(name, module, match) for name, module in modules.items() if (match := pattern.fullmatch(name))]
-    if not matches:
-        near = sorted({re.sub(r"\d+", "{layer}", name) for name in modules if name})
+    matches = [(match, *paths[spelled]) for spelled in paths if (match := pattern.fullmatch(spelled))]
+    # Paths with parts of wrappers in them count where no bare path does. One module may be spelled in several ways.
+    bare = {name: (match, module) for match, name, module in matches if match[0] == name}
+    found_at = bare or {name: (match, module) for match, name, module in matches}
+    if not found_at:
+        near = sorted({re.sub(r"\d+", "{layer}", name) for name, _ in paths.values() if name})
         raise SiteError(
-            f"site {template!r}: no module of the model matches {path!r}. It has {', '.join(near[:12])}"
+            f"site {where}: no module of the model matches {path!r}. It has {', '.join(near[:12])}"
             f"{', …' if len(near) > 12 else '.'}"
         )
-    layers = [int(match["layer"]) if in_path else None for _, _, match in matches]
+    layers = [int(match["layer"]) if in_path else None for match, _ in found_at.values()]
     wanted = _wanted_layers(site, [n for n in layers if n is not None] if in_path else None)
     found = []
-    for (name, module, _), layer in zip(matches, layers, strict=True):
+    for (name, (_, module)), layer in zip(found_at.items(), layers, strict=True):
         if layer in wanted:
             key = template.format(layer=layer, path=name)
-            where = f"{path!r} ({name})" if in_path else f"{path!r}"
-            found.append(Target(site, module, site.io, (key,), where, strategies=site.strategies()))
+            at = f"{path!r} ({name})" if in_path else f"{path!r}"
+            found.append(Target(site, module, site.io, (key,), at, strategies=site.strategies()))
     return found
+
+
+def _typed_targets(paths: Mapping[str, tuple[str, nn.Module]], site: Site, classes: Classes) -> list[Target]:
+    """The modules of a class, each once, by its bare path."""
+    template, below = site.key or "{path}", site.named
+    _check_template(site, template, {"path"})
+    if below and below not in paths:
+        raise SiteError(f"site {below!r}: no module of the model has that path, below which to look for {classes}.")
+    if site.layers is not None:
+        raise SiteError(f"site of type {classes}: layers= goes with paths that have {{layer}}: leave it out.")
+    start = f"{paths[below][0]}." if below else ""
+    found: dict[str, nn.Module] = {}
+    for name, module in paths.values():
+        if name and name.startswith(start) and isinstance(module, classes) and module not in found.values():
+            found[name] = module
+    if not found:
+        kinds = sorted({type(module).__name__ for name, module in paths.values() if name.startswith(start)})
+        raise SiteError(f"site of type {classes}: no such module; the model has {', '.join(kinds[:12])}.")
+    return [
+        Target(site, module, site.io, (template.format(path=name),), repr(name), strategies=site.strategies())
+        for name, module in found.items()
+    ]
 
 
 def _fields(site: Site, template: str) -> set[str]:
@@ -253,26 +300,26 @@ def _fields(site: Site, template: str) -> set[str]:
     try:
         return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
-        raise SiteError(f"site {site.name_or_path!r}: cannot read the template {template!r}: {error}.") from error
+        raise SiteError(f"site {site.named!r}: cannot read the template {template!r}: {error}.") from error
 
 
 def _check_template(site: Site, template: str, placeholders: set[str]) -> None:
     if _fields(site, template) != placeholders:
         wanted = " and ".join(f"{{{name}}}" for name in sorted(placeholders, reverse=True)) or "no placeholder"
-        raise SiteError(f"site {site.name_or_path!r}: the key template {template!r} must have {wanted}.")
+        raise SiteError(f"site {site.named!r}: the key template {template!r} must have {wanted}.")
 
 
 def _wanted_layers(site: Site, layers: Sequence[int] | None) -> Sequence[int | None]:
     """Those of `layers` that a site asks for; [None] for a site without layers."""
     if layers is None:
         if site.layers is not None:
-            raise SiteError(f"site {site.name_or_path!r} has no layers: leave out layers={site.layers!r}.")
+            raise SiteError(f"site {site.named!r} has no layers: leave out layers={site.layers!r}.")
         return [None]
     if site.layers is None:
         return layers
     missing = sorted(set(site.layers) - set(layers))
     if missing or not site.layers:
-        raise SiteError(f"site {site.name_or_path!r}: no layers {missing}; the model has {min(layers)}..{max(layers)}.")
+        raise SiteError(f"site {site.named!r}: no layers {missing}; the model has {min(layers)}..{max(layers)}.")
     return [layer for layer in layers if layer in site.layers]
 
 

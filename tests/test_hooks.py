@@ -199,16 +199,6 @@ def test_masks_of_more_dims_are_refused_and_a_padding_mask_beside_them_is_not(ma
     assert rec["resid_out_0"].shape == (NUM_TOKENS, 32)
 
 
-@pytest.mark.parametrize("how", ["one text", "a batch"])
-def test_generation_is_refused_after_the_prompt(how):
-    model, inputs = build("llama"), padded(TEXTS if how == "a batch" else TEXTS[:1], "left")
-    del inputs["position_ids"]
-    refused = pytest.raises(dc.SiteError, match=r"cached decoding \(generate\) is not supported")
-    with dc.record(model, ["resid_out"]) as rec, refused:
-        model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert len(rec["resid_out_0"]) == int(inputs["attention_mask"].sum())
-
-
 # -- reductions ------------------------------------------------------------------------------------------------
 
 
@@ -1170,7 +1160,7 @@ def test_what_the_receiving_cache_reduces_is_not_kept_until_the_pass_ends(monkey
     model, cache = build("llama"), dc.ActivationCache()
     cache.register_aggregation("resid_out_", dc.Mean())
     kept = []
-    monkeypatch.setattr(hooks, "_own", lambda *args: kept.append(args))
+    monkeypatch.setattr(hooks._Recorder, "_own", lambda *args: kept.append(args))
     two_batches(model, ["resid_out"], cache)
     assert not kept and int(cache.count("resid_out_1")) == NUM_TOKENS
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distcache.errors import SiteError
-from distcache.tokens import as_selector, bound_arguments, open_batch
+from distcache.tokens import Given, Stream, as_selector, bound_arguments, open_batch
 
 B, S = 4, 5
 # Which tokens are text: right padding, left padding, none, holes and a sample without any.
@@ -30,8 +30,7 @@ class Model(nn.Module):
 
 def batch(own_mask, *, ids=None, **given):
     ids = torch.zeros(B, S, dtype=torch.long) if ids is None else ids
-    given = {"mask": None, "index": None, "columns": {}, "first": 0, **given}
-    return open_batch(Model(), (ids,), {"attention_mask": own_mask}, **given)
+    return open_batch(Stream("", Model()), (ids,), {"attention_mask": own_mask}, Given(**given))
 
 
 def wanted(tokens, n):
@@ -166,7 +165,7 @@ def test_a_mask_that_does_not_fit_is_never_left_out_without_a_word(mask, message
 
 
 def sizes(model, *args, **kwargs):
-    found = open_batch(model, args, kwargs, mask=None, index=None, columns={}, first=0)
+    found = open_batch(Stream("", model), args, kwargs, Given())
     return found.num_samples, found.num_tokens
 
 

@@ -6,30 +6,70 @@ import torch
 
 WIDTH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 WORDS = dict(vocab_size=64, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LLAMA_LIKE = {**WIDTH, **WORDS, "num_key_value_heads": 2}
+FALCON = {**WIDTH, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CONFIGS = {
-    "llama": ("LlamaConfig", {**WIDTH, **WORDS, "num_key_value_heads": 2}),
-    "mistral": ("MistralConfig", {**WIDTH, **WORDS, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4}),
-    "qwen2": ("Qwen2Config", {**WIDTH, **WORDS, "num_key_value_heads": 2}),
-    "qwen3": ("Qwen3Config", {**WIDTH, **WORDS, "num_key_value_heads": 2, "head_dim": 16}),
+    "llama": ("LlamaConfig", LLAMA_LIKE),
+    "mistral": ("MistralConfig", {**LLAMA_LIKE, "head_dim": 16, "sliding_window": 4}),
+    "qwen2": ("Qwen2Config", LLAMA_LIKE),
+    "qwen3": ("Qwen3Config", {**LLAMA_LIKE, "head_dim": 16}),
+    "smollm3": ("SmolLM3Config", LLAMA_LIKE),
+    "olmo": ("OlmoConfig", LLAMA_LIKE),
+    "gemma": ("GemmaConfig", {**LLAMA_LIKE, "head_dim": 8}),
+    "granite": (
+        "GraniteConfig",
+        {
+            **LLAMA_LIKE,
+            "residual_multiplier": 0.22,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "phi3": ("Phi3Config", LLAMA_LIKE),
+    "gemma2": ("Gemma2Config", {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3TextConfig", {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 4}),
+    "olmo2": ("Olmo2Config", LLAMA_LIKE),
+    "cohere": ("CohereConfig", LLAMA_LIKE),
+    "mixtral": ("MixtralConfig", {**LLAMA_LIKE, "num_local_experts": 3}),
     "gpt2": (
         "GPT2Config",
         dict(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
     ),
+    "gpt_neox": ("GPTNeoXConfig", {**WIDTH, **WORDS}),
+    "gpt_neox, one after the other": ("GPTNeoXConfig", {**WIDTH, **WORDS, "use_parallel_residual": False}),
+    "falcon 7b": ("FalconConfig", {**FALCON, "multi_query": True, "parallel_attn": True}),
+    "falcon 11b": (
+        "FalconConfig",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon 40b": ("FalconConfig", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon rw": ("FalconConfig", {**FALCON, "multi_query": False, "parallel_attn": False, "alibi": True}),
     "bert": ("BertConfig", {**WIDTH, **WORDS}),
     "roberta": ("RobertaConfig", {**WIDTH, **WORDS, "max_position_embeddings": 40}),
-}
+    "vit": ("ViTConfig", {**WIDTH, "image_size": 6, "patch_size": 2, "num_labels": 5}),
+    "t5": (
+        "T5Config",
+        dict(
+            vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=2,
+            decoder_start_token_id=0,
+        ),
+    ),
+}  # fmt: skip
 ENCODERS = ("bert", "roberta")
+AUTO = dict.fromkeys(ENCODERS, "AutoModelForMaskedLM") | {
+    "vit": "AutoModelForImageClassification",
+    "t5": "AutoModelForSeq2SeqLM",
+}
 
 
 def build(name: str, *, head: bool = True, dtype: torch.dtype = torch.float32, **options):
-    """A family's tiny model, in evaluation mode; `head`: with its language-model head."""
+    """A family's tiny model, in evaluation mode; `head`: with its language-model head, or its classifier."""
     import transformers
 
     config_class, given = CONFIGS[name]
     config = getattr(transformers, config_class)(**{**given, **options})
-    auto = transformers.AutoModel
-    if head:
-        auto = transformers.AutoModelForMaskedLM if name in ENCODERS else transformers.AutoModelForCausalLM
+    auto = getattr(transformers, AUTO.get(name, "AutoModelForCausalLM") if head else "AutoModel")
     model = auto.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -47,8 +47,12 @@ class AttentionCall:
 
 
 @contextmanager
-def tap_attention(modules: Collection[nn.Module], on_call: Callable[[AttentionCall], None]) -> Iterator[None]:
-    """Call `on_call` before every attention that transformers runs for one of `modules` (by identity).
+def tap_attention(
+    modules: Collection[nn.Module],
+    on_call: Callable[[AttentionCall], None],
+    wanted: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
+    """Call `on_call` before every attention that transformers runs for one of `modules` (by identity), if `wanted`.
 
     `modules` are those that transformers passes to the attention function: `LlamaAttention`,
     `GPT2Attention`, `BertSelfAttention`. Taps may nest and overlap, on one model or several, in several
@@ -59,7 +63,7 @@ def tap_attention(modules: Collection[nn.Module], on_call: Callable[[AttentionCa
     attention computes something that an AttentionCall cannot say.
     """
     interface = _interface_class()
-    tap = _Tap({id(module): module for module in modules}, on_call)
+    tap = _Tap({id(module): module for module in modules}, on_call, wanted)
     _open(interface, tap)
     try:
         yield
@@ -71,6 +75,7 @@ def tap_attention(modules: Collection[nn.Module], on_call: Callable[[AttentionCa
 class _Tap:
     modules: Mapping[int, nn.Module]  # by id; the values keep the ids from being reused
     on_call: Callable[[AttentionCall], None]
+    wanted: Callable[[], bool]
 
 
 _ABSENT = object()
@@ -139,7 +144,7 @@ class _Tapped:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = args[0] if args else kwargs.get("module")
-        taps = [tap for tap in _taps if id(module) in tap.modules]
+        taps = [tap for tap in _taps if id(module) in tap.modules and tap.wanted()]
         # Activation checkpointing runs forward again inside backward: the same samples, a second time.
         if taps and torch._C._current_graph_task_id() == -1:
             call = _describe(self.function, self.is_default, args, kwargs)
@@ -195,6 +200,11 @@ def _describe(
     if kind == "sdpa" and is_causal and mask is None and 1 < num_queries < num_keys:
         # A prefill into an empty static cache: transformers, too, leaves its unwritten keys out here.
         key_bhkd, num_keys = key_bhkd[:, :, :num_queries], num_queries
+        position_bias = None if position_bias is None else position_bias[..., :num_queries]
+    partly = 1 < num_queries < num_keys and mask is not None and mask.shape[-1] == num_keys
+    if partly and mask is not None and _hides_all(mask[..., num_queries:]):
+        # The same with padding: keys that the mask hides from every query aren't part of the texts.
+        key_bhkd, mask, num_keys = key_bhkd[:, :, :num_queries], mask[..., :num_queries], num_queries
         position_bias = None if position_bias is None else position_bias[..., :num_queries]
     if num_queries != num_keys:
         raise SiteError(
@@ -285,6 +295,13 @@ def _is_packed(position_ids: Tensor | None) -> bool:
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[0] != 1:
         return False
     return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def _hides_all(mask: Tensor) -> bool:
+    """Whether a mask, bool or added to scores, lets no key through."""
+    if mask.is_floating_point():
+        return bool((mask <= torch.finfo(mask.dtype).min / 2).all())
+    return not bool(mask.any())
 
 
 def _mask(mask: Any, kind: str, query_bhqd: Tensor, where: str) -> Tensor | None:

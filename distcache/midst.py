@@ -1,0 +1,98 @@
+"""What recording does in the midst of a model's forward pass, so that the model goes on as if it weren't there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distcache.errors import SiteError
+
+FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # may compute what is theirs in one go
+_SPREAD = {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel", "PipelineStage"}
+
+
+def recomputing() -> bool:
+    """Whether activation checkpointing runs forward again inside backward: the same samples, a second time."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextlib.contextmanager
+def apart(device: torch.device) -> Iterator[None]:
+    """Arithmetic of ours in the midst of a model's: what is made here can be written to later, no graph holds it, and
+    autocast doesn't round it.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
+
+
+def check_stop(model: nn.Module, optional: Sequence[str]) -> None:
+    """`SiteError` where a pass can't be ended after its last site; `optional`: sites that may report nothing."""
+    if optional:
+        raise SiteError(
+            f"stop=True needs to know which site is the last: {optional[0]} is optional. Leave out one of them."
+        )
+    spread = {kind.__name__ for module in model.modules() for kind in type(module).__mro__} & _SPREAD
+    sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    if spread or sharded or (getattr(model, "tp_size", None) or 1) > 1:
+        raise SiteError(
+            "stop=True would leave ranks out of step: the model is spread over them ("
+            f"{min(spread, default='DTensor')}), and others may wait for what comes after the last site. Leave it out."
+        )
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """A method of this one object wrapped; what the object had of its own comes back."""
+    own = vars(model)
+    before = own.get(name)
+    own[name] = wrap(getattr(model, name))
+    try:
+        yield
+    finally:
+        if before is None:
+            own.pop(name, None)
+        else:
+            own[name] = before
+
+
+@contextlib.contextmanager
+def modules_called() -> Iterator[None]:
+    """torch's transformer layers call their parts, where they would compute all in one go and leave hooks out."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class Offload:
+    """Copies from GPUs to pinned memory, on a stream beside the model's. They are complete after `wait`."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, Any] = {}
+
+    def copy(self, x: Tensor) -> Tensor:
+        """`x` on the CPU, soon. Nobody writes to it meanwhile."""
+        if x.device not in self._streams:
+            self._streams[x.device] = torch.cuda.Stream(x.device)
+        stream = self._streams[x.device]
+        x = x.contiguous()
+        kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # a copy to other memory isn't asynchronous
+        stream.wait_stream(torch.cuda.current_stream(x.device))  # until x has been computed
+        with torch.cuda.stream(stream):
+            kept.copy_(x, non_blocking=True)
+        x.record_stream(stream)  # its memory isn't given to others before it was read
+        return kept
+
+    def wait(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()
