@@ -8,13 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import merging, recording
 from benchmarks.harness import WARM_UPS, Timings, slowest
-from benchmarks.merging import WORKLOADS, on_rank
 from distcache.testing import RankPool
 
 
 def run(name: str, world_size: int, rounds: int, device: str) -> list[Timings]:
     with RankPool() as pool:
+        on_rank = recording.on_rank if name in recording.WORKLOADS else merging.on_rank
         answers: Any = pool.run(world_size, on_rank, name, rounds, device, timeout_s=1800)
     names, times = answers[0][0], slowest([times for _, times, _ in answers])
     peaks = [
@@ -27,7 +28,7 @@ def run(name: str, world_size: int, rounds: int, device: str) -> list[Timings]:
 
 def show(name: str, world_size: int, timings: list[Timings]) -> None:
     ours = next((t for t in timings if t.name == "distcache"), timings[0])
-    table = Table(title=f"{name}, {world_size} ranks", show_header=True)
+    table = Table(title=f"{name}, {world_size} rank{'s' if world_size > 1 else ''}", show_header=True)
     for column in ("candidate", "median ms", "ours ÷ it", "it ÷ ours", "best ms", "ours ÷ it", "first ms", "peak MiB"):
         table.add_column(column, justify="left" if column == "candidate" else "right")
     for t in timings:
@@ -39,14 +40,21 @@ def show(name: str, world_size: int, timings: list[Timings]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("workloads", nargs="*", help=f"of: {', '.join(WORKLOADS)}; all by default")
+    parser.add_argument(
+        "workloads", nargs="*", help=f"of: {', '.join((*merging.WORKLOADS, *recording.WORKLOADS))}; all by default"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
+    wanted = args.workloads or (*merging.WORKLOADS, *recording.WORKLOADS)
     for world_size in args.ranks if args.device == "cpu" else [1]:
-        for name in args.workloads or WORKLOADS:
-            show(name, world_size, run(name, world_size, args.rounds, args.device))
+        for name in wanted:
+            if name not in recording.WORKLOADS:
+                show(name, world_size, run(name, world_size, args.rounds, args.device))
+    for name in wanted:
+        if name in recording.WORKLOADS:  # of one process
+            show(name, 1, run(name, 1, args.rounds, args.device))
 
 
 if __name__ == "__main__":

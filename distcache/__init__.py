@@ -26,6 +26,7 @@ from distcache.strategies import (
     Covariance,
     Extend,
     First,
+    Grouped,
     Histogram,
     Max,
     Mean,
@@ -37,6 +38,7 @@ from distcache.strategies import (
     Weighted,
     register_strategy,
 )
+from distcache.unembed import unembed
 
 __all__ = [
     "ActivationCache",
@@ -49,6 +51,7 @@ __all__ = [
     "DuplicateSamples",
     "Extend",
     "First",
+    "Grouped",
     "HeldElsewhere",
     "Histogram",
     "Max",
@@ -72,4 +75,5 @@ __all__ = [
     "plot",
     "record",
     "register_strategy",
+    "unembed",
 ]

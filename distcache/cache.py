@@ -371,7 +371,8 @@ class ActivationCache:
     def count(self, key: str) -> Tensor:
         """How many samples (tokens, queries) stand behind a reduced value, int64, broadcastable to it.
 
-        Of a concatenation, its number of rows. ValueError for a value that no strategy has reduced.
+        Of a grouped value, behind each cell [size]; of a concatenation, its number of rows. ValueError for a value that
+        no strategy has reduced.
         """
         rows = self._rows(key)
         if rows is not None:

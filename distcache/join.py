@@ -68,7 +68,7 @@ class Join:
         held = {} if self._arena.is_slab(slab.keys) else {key: self._held(key) for key in slab.keys}
         if not any(held.values()) and not any(key in self._alone for key in slab.keys):
             if not held:
-                self._arena.check(slab.keys[0], slab.strategy, _kinds(slab.state, 1), slab.result)
+                self._arena.check(slab.keys[0], slab.strategy, slab.strategy.kinds(slab.state, 1), slab.result)
             self.slabs.append(slab)
             self.reduced.extend(slab.keys)
             return
@@ -130,10 +130,12 @@ class Join:
                     "Give all values of a key one dtype."
                 )
             strategy.check(so_far, state, key)
-            before.state.update(_one(strategy.combine(so_far, state)))
+            both = _one(strategy.combine(so_far, state))
+            before.state.clear()
+            before.state.update(both)
             return
         if key in self._arena:
-            self._arena.check(key, strategy, _kinds(state, 0), result)
+            self._arena.check(key, strategy, strategy.kinds(state), result)
         self._alone[key] = Slab((key,), strategy, _one(state), result)
         self.slabs.append(self._alone[key])
         self.reduced.append(key)
@@ -226,8 +228,3 @@ def _naming(key: str, strategy: Strategy) -> Iterator[None]:
 def _one(state: State) -> State:
     """A state as a slab of one key."""
     return {name: tensor.unsqueeze(0) for name, tensor in state.items()}
-
-
-def _kinds(state: State, num_leading: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape without leading dims, and dtype, of every field."""
-    return {name: (tuple(tensor.shape[num_leading:]), tensor.dtype) for name, tensor in state.items()}

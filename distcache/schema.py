@@ -114,11 +114,16 @@ def strategy_facts(strategy: Strategy) -> str:
 
 def strategy_words(facts: str) -> str:
     """`mean(accumulate=float32)`: the parameters that say something, for messages."""
-    description = json.loads(facts)
+    return _words(json.loads(facts))
+
+
+def _words(description: Mapping[str, Any]) -> str:
     shown = []
     for name, value in description["parameters"].items():
         if value is not None and value is not False and value != "auto":
-            shown.append(f"{name}={value['dtype'] if isinstance(value, dict) else value}")
+            if isinstance(value, dict):
+                value = _words(value["strategy"]) if "strategy" in value else value["dtype"]
+            shown.append(f"{name}={value}")
     return f"{description['name']}({', '.join(shown)})"
 
 

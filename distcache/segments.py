@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from distcache.codec import dtype_name, dtype_named
-from distcache.errors import SchemaMismatch
+from distcache.errors import SchemaMismatch, TooLarge
+from distcache.memory import available_bytes, human
 from distcache.schema import DIGEST_MODULUS, FieldSchema, KeySchema, digest_of, strategy_facts
 from distcache.strategies import Field, Fieldwise, Gathered, Reduction, State
 
@@ -291,7 +292,10 @@ class Arena:
         result: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Make room, filled with identities, for new keys of one strategy and shape; a slab if there are several."""
+        """Make room, filled with identities, for new keys of one strategy and shape; a slab if there are several.
+
+        `TooLarge` before memory is taken that isn't there.
+        """
         facts = strategy_facts(strategy)
         specs = []
         for f in strategy.layout(shapes):
@@ -304,6 +308,15 @@ class Arena:
             KeySchema(key, "fields", facts, tuple(specs), result=dtype_name(result), device=device.type) for key in keys
         ]
         rooms = {spec.name: capacity(strategy, spec.name, shapes[spec.name]) for spec in specs}
+        nbytes = len(keys) * sum(math.prod(rooms[spec.name]) * dtypes[spec.name].itemsize for spec in specs)
+        if nbytes > LARGEST_CHUNK_BYTES:  # of less it isn't worth asking
+            free = available_bytes(device)
+            if nbytes > free:
+                more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                raise TooLarge(
+                    f"the state of {keys[0]!r}{more}, {strategy}, needs {human(nbytes)} on {device}, {human(free)} are "
+                    "free. Reduce fewer keys, smaller values, or in float32 (accumulate=torch.float32)."
+                )
         self._place(schemas, strategy, rooms, device)
 
     def _place(
@@ -384,18 +397,18 @@ class Arena:
 
     def make_room(self, keys: Sequence[str], strategy: Fieldwise, state: State, result: torch.dtype) -> tuple[str, ...]:
         """Make room for a state [K, …] of K keys, all new or none; the new ones. What is held stays as it is."""
-        wanted = {name: tuple(tensor.shape[1:]) for name, tensor in state.items()}
+        kinds = strategy.kinds(state, 1)
+        wanted = {name: shape for name, (shape, _) in kinds.items()}
         made: tuple[str, ...] = ()
         if keys[0] not in self.entries:
             made = tuple(keys)
             device = next(iter(state.values())).device
-            kinds = {name: (wanted[name], tensor.dtype) for name, tensor in state.items()}
 
             def fits_in(entry: Entry) -> bool:
                 return entry.schema.device == device.type and not self._misfit(entry, strategy, kinds, result)
 
             if not self._wake(keys, fits_in):
-                dtypes = strategy.accumulators({name: tensor.dtype for name, tensor in state.items()})
+                dtypes = strategy.accumulators({name: dtype for name, (_, dtype) in kinds.items()})
                 self.reserve(keys, strategy, wanted, dtypes, result, device)
                 return made
         for key in keys:
@@ -470,7 +483,7 @@ class Arena:
                 expected = tuple("*" if n is None else n for n in spec.shape)
                 return (
                     f"expected {name} of {spec.dtype} {expected}, got {dtype_name(dtypes[name])} {shape}. Give every "
-                    f"value of a key one shape; for different sizes use {type(strategy).__name__}(ragged=True)."
+                    f"value of a key one shape{strategy.ragged_advice}."
                 )
         if entry.schema.result != dtype_name(result):
             return (
@@ -688,7 +701,8 @@ def _joined(places: Sequence[Span]) -> list[Span]:
 
 def _on(state: State, where: State) -> State:
     """A state where another is; detached, or adding it would make the chunk a part of its graph."""
-    return {name: tensor.detach().to(where[name].device) for name, tensor in state.items()}
+    device = next(iter(where.values())).device
+    return {name: tensor.detach().to(device) for name, tensor in state.items()}
 
 
 def check_reducible(key: str, strategy: Fieldwise, field: Field, dtype: torch.dtype) -> None:

@@ -54,6 +54,7 @@ from distcache.strategies import (
     Columns,
     Fieldwise,
     Function,
+    Grouped,
     Listwise,
     Piece,
     Rows,
@@ -667,17 +668,23 @@ def _strategy(text: StrategyText, whose: str) -> Strategy:
         strategy = described({"name": text.name, "parameters": text.parameters})
     except BadCache:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise BadCache(f"cannot use the strategy {text.name} of {whose}: {error}") from error
+    _check_parameters(strategy, text.name, whose)
+    return strategy
+
+
+def _check_parameters(strategy: Strategy, name: str, whose: str) -> None:
     for field in dataclasses.fields(strategy):  # type: ignore[arg-type]
         value = getattr(strategy, field.name)
         try:
             msgspec.convert(value, typing.get_type_hints(type(strategy))[field.name])
         except msgspec.ValidationError as error:
-            raise BadCache(f"cannot use {text.name}({field.name}={value!r}) of {whose}: {error}.") from error
+            raise BadCache(f"cannot use {name}({field.name}={value!r}) of {whose}: {error}.") from error
         except (NameError, TypeError):  # an annotation that can't be resolved or checked; the class's own affair
             continue
-    return strategy
+        if isinstance(value, Strategy):
+            _check_parameters(value, describe(value)["name"], whose)
 
 
 class _Reader:
@@ -753,6 +760,10 @@ class _Reader:
             if not fits:
                 raise BadCache(f"field {name!r} of {whose} doesn't fit {strategy}: {list(stored.shape)}.")
         shapes = [stored.shape[1:] for stored in group.fields.values()]
+        if isinstance(strategy, Grouped):
+            if any(shape[:1] != (strategy.size,) for shape in shapes):
+                raise BadCache(f"{whose} doesn't fit {strategy}: its fields have shapes {shapes}.")
+            shapes = [shape[1:] for shape in shapes]  # cells meet cell by cell
         numel = sum(map(math.prod, shapes))
         together = math.prod(map(max, itertools.zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1)))
         if together > max(2**24, 100 * numel):  # [n, 1] and [1, n] make n × n when they meet

@@ -37,6 +37,7 @@ from distcache.strategies import (
     Fieldwise,
     Function,
     Gathered,
+    Grouped,
     Listwise,
     Piece,
     Rows,
@@ -222,6 +223,7 @@ def check_strategy_laws(strategy: Strategy, samples: Sequence[Any], weights: Ten
     - pure: combining and finalizing change no state but the one that is folded into;
     - bytes: states and parameters survive a journey as bytes, in every bit;
     - slab: states of several keys, side by side in a leading dim, fold as each of them does;
+    - cells: of a `Grouped`, each cell reads as its strategy does of that cell's samples alone;
     - rounds: field by field, in rounds, reductions give what combining gives (not of `Gathered`, which has none).
 
     What is kept must come out bit for bit, reductions within 1e-6 of the mean of |x| (of the result's, if larger).
@@ -239,6 +241,7 @@ def check_strategy_laws(strategy: Strategy, samples: Sequence[Any], weights: Ten
     laws.through_bytes()
     if isinstance(strategy, Fieldwise):
         laws.slab()
+        laws.cells()
         if not isinstance(strategy, Gathered):
             laws.rounds()
 
@@ -264,16 +267,29 @@ class _Laws:
         return self.take(numbers, indexed)
 
     def take(self, numbers: Sequence[int], indexed: bool) -> Any:
-        sample = torch.tensor(numbers, dtype=torch.int64)
-        columns = Columns({"sample": sample, "position": torch.zeros_like(sample)}, True) if indexed else None
         if isinstance(self.strategy, Listwise):
-            return self.strategy.take(Value(self.samples[numbers[0]], columns=columns))
+            return self.strategy.take(Value(self.samples[numbers[0]], columns=self.columns(numbers, indexed)))
+        return self.strategy.take(self.batch(numbers, indexed))
+
+    def batch(self, numbers: Sequence[int], indexed: bool) -> Value:
         some = [self.samples[n] for n in numbers]
         data = torch.stack(some) if some else self.samples[0].new_empty(0, *self.samples[0].shape)
         if isinstance(self.strategy.dim, int) and self.reduces:
             data = data.movedim(0, self.strategy.dim)
-        weight = None if self.weights is None else self.weights[sample]
-        return self.strategy.take(Value(data, rows=True, columns=columns, weight=weight))
+        weight = None if self.weights is None else self.weights[torch.tensor(numbers, dtype=torch.int64)]
+        return Value(data, rows=True, columns=self.columns(numbers, indexed), weight=weight)
+
+    def columns(self, numbers: Sequence[int], indexed: bool) -> Columns | None:
+        sample = torch.tensor(numbers, dtype=torch.int64)
+        known = {"sample": sample, "position": torch.zeros_like(sample)}
+        if isinstance(self.strategy, Grouped):
+            known[self.strategy.by] = torch.tensor([self.cell(n) for n in numbers], dtype=torch.int64)
+        return Columns(known, indexed) if indexed or isinstance(self.strategy, Grouped) else None
+
+    def cell(self, number: int) -> int:
+        """The cell of one sample, of a `Grouped`: −1, 0, 1, … by turns."""
+        assert isinstance(self.strategy, Grouped)
+        return number % (self.strategy.size + 1) - 1
 
     def together(self, states: Sequence[Any]) -> Any:
         return functools.reduce(self.strategy.combine, states)
@@ -366,6 +382,16 @@ class _Laws:
             found = self.finalized({name: tensor[k] for name, tensor in into.items()})
             self.demand("slabs", found, self.alone, f"key {k} of two that were folded as one")
 
+    def cells(self) -> None:
+        if not isinstance(self.strategy, Grouped):
+            return
+        alone = self.strategy.strategy
+        for cell in range(self.strategy.size):
+            numbers = [n for n in self.everything if self.cell(n) == cell]
+            expected = alone.finalize(alone.take(self.batch(numbers, True)))
+            found = _of_cell(self.alone, cell, expected)
+            self.demand("cells", found, expected, f"cell {cell}, of samples {numbers}")
+
     def rounds(self) -> None:
         assert isinstance(self.strategy, Fieldwise)
         for deal in self.deals():
@@ -390,9 +416,19 @@ class _Laws:
 
 def _identity(strategy: Fieldwise, state: State) -> State:
     """What an idle rank holds: identities in the shapes of a state."""
-    fields = strategy.layout(state)
-    held = {field.name: state[field.name] for field in fields}
-    return {f.name: torch.full_like(held[f.name], f.reduction.identity(held[f.name].dtype)) for f in fields}
+    kinds = strategy.kinds(state)
+    found = {}
+    for field in strategy.layout(state):
+        shape, dtype = kinds[field.name]
+        found[field.name] = torch.full(shape, field.reduction.identity(dtype), dtype=dtype)
+    return found
+
+
+def _of_cell(value: Any, cell: int, like: Any) -> Any:
+    """What a grouped value says of one cell; `like`: what its strategy says of it."""
+    if isinstance(like, dict):
+        return {name: _of_cell(value[name], cell, like[name]) for name in like}
+    return value[cell] if value.shape[1:] == like.shape and value.dim() > like.dim() else value  # the same for all
 
 
 def _plain_state(state: Any) -> Any:

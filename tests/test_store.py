@@ -26,7 +26,18 @@ import distcache as dc
 from distcache import codec, store
 from distcache.errors import BadCache, DuplicateSamples, HeldElsewhere
 from distcache.store import load, read_manifest, save
-from distcache.strategies import Cat, Columns, Function, Histogram, Mean, TopK, Value, Weighted, registered_strategies
+from distcache.strategies import (
+    Cat,
+    Columns,
+    Function,
+    Grouped,
+    Histogram,
+    Mean,
+    TopK,
+    Value,
+    Weighted,
+    registered_strategies,
+)
 from distcache.testing import kill_self
 
 quick = settings(
@@ -192,7 +203,7 @@ def test_other_tools_can_read_the_file(tmp_path):
 # -- states --------------------------------------------------------------------------------------------------------
 
 
-NEEDING_PARAMETERS = {"histogram": Histogram(4, -1, 1), "topk": TopK(2)}
+NEEDING_PARAMETERS = {"histogram": Histogram(4, -1, 1), "topk": TopK(2), "grouped": Grouped(Mean(), 3, by="label")}
 
 
 def contribution(name: str, i: int) -> Any:
@@ -208,7 +219,8 @@ def merged(name: str, samples: range, indexed: bool) -> dc.ActivationCache:
     cache = dc.ActivationCache()
     cache.register_aggregation("k", NEEDING_PARAMETERS.get(name, name))
     for i in samples:
-        cache.add("k", contribution(name, i), index=[100 - i] if indexed else None)
+        columns = {"label": torch.tensor([i % 3])} if name == "grouped" else {}
+        cache.add("k", contribution(name, i), index=[100 - i] if indexed else None, **columns)
     return cache
 
 

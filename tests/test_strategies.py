@@ -35,6 +35,7 @@ from distcache.strategies import (
     First,
     Function,
     Gathered,
+    Grouped,
     Histogram,
     Listwise,
     Max,
@@ -135,7 +136,11 @@ def samples_for(name: str, num_samples: int, shape: tuple[int, ...], dtype: torc
     return list(seeded(num_samples, *shape, seed=seed, dtype=dtype))
 
 
-NEEDING_PARAMETERS = {"histogram": Histogram(5, -1.5, 1.5), "topk": TopK(3)}
+NEEDING_PARAMETERS = {
+    "histogram": Histogram(5, -1.5, 1.5),
+    "topk": TopK(3),
+    "grouped": Grouped(Mean(), 3, by="label"),
+}
 
 CASES = {
     "num_samples": st.integers(2, 9),
@@ -173,6 +178,16 @@ CONFIGURED = [
     Max(ragged=(0,)),
     Function(torch.stack),
     Range(dim=0),
+    Grouped(Sum(), 2, by="label"),
+    Grouped(Mean(dim=-1), 3, by="label"),
+    Grouped(Mean(accumulate=torch.float64), 1, by="label"),
+    Grouped(Moments(), 3, by="label"),
+    Grouped(Max(), 20, by="label"),
+    Grouped(Min(), 2, by="label"),
+    Grouped(Covariance(), 3, by="label"),
+    Grouped(Covariance(center=False), 2, by="label"),
+    Grouped(Histogram(4, -1, 1), 3, by="label"),
+    Grouped(Histogram(3, -50, 50, per_element=True), 3, by="label"),
 ]
 
 

@@ -17,6 +17,7 @@ from distcache.strategies.base import (
     Field,
     Fieldwise,
     Gathered,
+    Groups,
     Listwise,
     Reduction,
     Rowwise,
@@ -26,6 +27,7 @@ from distcache.strategies.base import (
     Weighted,
 )
 from distcache.strategies.covariance import Covariance
+from distcache.strategies.grouped import Grouped
 from distcache.strategies.histogram import Histogram
 from distcache.strategies.lists import Default, Extend, First, Function, default_aggregation
 from distcache.strategies.pattern import AveragePattern
@@ -44,6 +46,7 @@ _BY_NAME: dict[str, type[Strategy]] = {
     "covariance": Covariance,
     "histogram": Histogram,
     "topk": TopK,
+    "grouped": Grouped,
     "first": First,
     "extend": Extend,
     "average_pattern": AveragePattern,
@@ -54,8 +57,8 @@ _BY_NAME: dict[str, type[Strategy]] = {
 def register_strategy(name: str, cls: type[Strategy]) -> None:
     """Make `cls` known by `name`, on this rank; every rank must register it alike.
 
-    `cls` is a frozen dataclass: its fields are its parameters, of plain values or dtypes. ValueError if the
-    name is taken by another class, TypeError if it isn't a strategy.
+    `cls` is a frozen dataclass: its fields are its parameters: plain values, dtypes or strategies. ValueError if
+    the name is taken by another class, TypeError if it isn't a strategy.
     """
     if not (isinstance(cls, type) and issubclass(cls, (Fieldwise, Rowwise, Listwise))):
         raise TypeError(f"expected a subclass of Fieldwise, Rowwise or Listwise, got {cls!r}.")
@@ -107,7 +110,11 @@ def describe(strategy: Strategy) -> dict[str, Any]:
     parameters = {}
     for field in dataclasses.fields(strategy):  # type: ignore[arg-type]
         value = getattr(strategy, field.name)
-        parameters[field.name] = {"dtype": dtype_name(value)} if isinstance(value, torch.dtype) else value
+        if isinstance(value, torch.dtype):
+            value = {"dtype": dtype_name(value)}
+        elif isinstance(value, Strategy):
+            value = {"strategy": describe(value)}
+        parameters[field.name] = value
     return {"name": name, "parameters": parameters}
 
 
@@ -116,6 +123,8 @@ def described(description: Mapping[str, Any]) -> Strategy:
 
     ValueError for a name that isn't registered, or that takes other parameters.
     """
+    if set(description) != {"name", "parameters"} or not isinstance(description["parameters"], dict):
+        raise ValueError(f"expected the name and the parameters of a strategy, got {description}.")
     name, given = description["name"], description["parameters"]
     if name not in _BY_NAME:
         raise ValueError(f"unknown strategy {name!r}: register it first, dc.register_strategy({name!r}, …).")
@@ -123,6 +132,8 @@ def described(description: Mapping[str, Any]) -> Strategy:
     for field, value in given.items():
         if isinstance(value, dict) and set(value) == {"dtype"}:
             value = dtype_named(value["dtype"])
+        elif isinstance(value, dict) and set(value) == {"strategy"} and isinstance(value["strategy"], dict):
+            value = described(value["strategy"])
         parameters[field] = tuple(value) if isinstance(value, list) else value
     try:
         return _BY_NAME[name](**parameters)
@@ -145,6 +156,8 @@ __all__ = [
     "First",
     "Function",
     "Gathered",
+    "Grouped",
+    "Groups",
     "Histogram",
     "Listwise",
     "Max",

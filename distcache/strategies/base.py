@@ -13,6 +13,7 @@ Abstract kinds, by what their state is and so by how it crosses the cluster:
 from __future__ import annotations
 
 import abc
+import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 from distcache.errors import SchemaMismatch
 
 State = dict[str, Tensor]
+Kinds = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of every field
 
 
 class Reduction(enum.Enum):
@@ -53,8 +55,18 @@ class Reduction(enum.Enum):
         else:
             torch.minimum(into, other.to(into.dtype), out=into)
 
+    def fold_at_(self, into: Tensor, rows: Tensor, other: Tensor) -> None:
+        """`into[rows]` ⊕= `other`, in place; each row is named once, or sums would depend on the order on a GPU."""
+        if self is Reduction.SUM:
+            into.index_add_(0, rows, other.to(into.dtype))
+        else:
+            mine = into.index_select(0, rows)
+            self.fold_(mine, other)
+            into.index_copy_(0, rows, mine)
+
 
 SUM, MAX, MIN = Reduction.SUM, Reduction.MAX, Reduction.MIN
+BLOCK_ROWS = 256  # of samples that are converted at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +122,43 @@ class Weighted:
     weight: float | Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """Which of `num` groups each of n samples is in: `of_n`, int64 [n], on the samples' device."""
+
+    of_n: Tensor
+    num: int
+
+    def sum(self, x_n: Tensor, dtype: torch.dtype) -> Tensor:
+        """Σ x of each group [num, …], added up in `dtype` in the samples' order.
+
+        The same in every bit each time, but for floats on a GPU: see `Grouped`.
+        """
+        total = x_n.new_zeros((self.num, *x_n.shape[1:]), dtype=dtype)
+        for start in range(0, len(x_n), BLOCK_ROWS):  # or all of them would lie there again, in float64
+            block = slice(start, start + BLOCK_ROWS)
+            total.index_add_(0, self.of_n[block], x_n[block].to(dtype))
+        return total
+
+    def extreme(self, x_n: Tensor, reduction: Reduction) -> Tensor:
+        """The largest or smallest x of each group [num, …], NaN where there is one; the identity of none."""
+        best = x_n.new_full((self.num, *x_n.shape[1:]), reduction.identity(x_n.dtype))
+        of_n = wide(self.of_n, x_n).expand_as(x_n)
+        return best.scatter_reduce_(0, of_n, x_n, "amax" if reduction is Reduction.MAX else "amin")
+
+    def count(self) -> Tensor:
+        """How many samples each group has, int64 [num]."""
+        return self.sum(torch.ones_like(self.of_n), torch.int64)
+
+    def spread(self, x_g: Tensor) -> Tensor:
+        """x of each sample's group, [n, …]."""
+        return x_g.index_select(0, self.of_n)
+
+    def split(self, x_n: Tensor) -> tuple[Tensor, ...]:
+        """The samples of each group, in their order."""
+        return x_n[torch.sort(self.of_n, stable=True).indices].split(self.count().tolist())
+
+
 class Strategy(abc.ABC):
     """How values of one key become one. Subclasses are frozen dataclasses: their parameters are their identity.
 
@@ -149,8 +198,12 @@ class Fieldwise(Strategy):
 
     To write one: a frozen dataclass with `fields`, `lift` and `finalize`. An idle rank holds identities.
     A `count` field, int64, says how many samples stand behind a value, as `[]`, `[…, 1]` or per element.
+
+    `groupable`: `finalize` reads many keys at once, with leading dims [K, …] on every field, as `fold_` and `recentre_`
+    must in any case: what `Grouped` asks of it.
     """
 
+    groupable = False
     fields: tuple[Field, ...] = ()
     ragged: bool | tuple[int, ...]
     size: int | tuple[int, ...] | None
@@ -169,6 +222,24 @@ class Fieldwise(Strategy):
         data = value.data
         states = [self.take(Value(data[:, k], value.rows, value.columns)) for k in range(data.shape[1])]
         return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+    def lift_groups(self, value_n: Tensor, weight_n: Tensor | None, groups: Groups) -> State:
+        """The states of groups of samples, side by side: fields [num, …]."""
+        values = groups.split(value_n) or (value_n,)
+        weights = (None,) * len(values) if weight_n is None else groups.split(weight_n) or (weight_n,)
+        states = [self.lift(value, weight) for value, weight in zip(values, weights, strict=True)]
+        return {name: torch.stack([state[name] for state in states])[: groups.num] for name in states[0]}
+
+    def lift_groups_slab(self, value_nk: Tensor, groups: Groups) -> State:
+        """The same of k keys whose samples lie side by side, value_nk [n, k, …]: fields [k, num, …]."""
+        k, m = value_nk.shape[1], groups.num  # a key is one more thing that tells groups apart
+        of_nk = groups.of_n.unsqueeze(1) + torch.arange(k, device=groups.of_n.device) * m
+        state = self.lift_groups(value_nk.flatten(0, 1), None, Groups(of_nk.flatten(), k * m))
+        return {name: tensor.unflatten(0, (k, m)) for name, tensor in state.items()}
+
+    def kinds(self, state: State, num_leading: int = 0) -> Kinds:
+        """What a key that takes in such a state holds of every field, behind leading dims: as much, if not more."""
+        return {name: (tuple(tensor.shape[num_leading:]), tensor.dtype) for name, tensor in state.items()}
 
     def accumulators(self, state: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
         """The dtype in which each field of a state like this one is accumulated: its own, if not said otherwise."""
@@ -220,21 +291,21 @@ class Fieldwise(Strategy):
         return data.dtype if isinstance(data, Tensor) else torch.float64 if isinstance(data, float) else torch.int64
 
     def check(self, a: State, b: State, key: str = "value") -> None:
-        if set(a) != set(b):
+        held, more = self.kinds(a), self.kinds(b)
+        if set(held) != set(more):
             raise SchemaMismatch(
-                f"cannot combine {key!r}: one state has {sorted(a)}, the other {sorted(b)}. Give every value of a key "
-                "a weight, or none."
+                f"cannot combine {key!r}: one state has {sorted(held)}, the other {sorted(more)}. Give every value of "
+                "a key a weight, or none."
             )
-        for name, held in a.items():
-            mine, theirs = tuple(held.shape), tuple(b[name].shape)
+        for name in held:
+            (mine, _), (theirs, _) = held[name], more[name]
             may_grow = self.ragged_dims(name, len(mine))
             if len(mine) != len(theirs) or any(
                 m != n and not grows for m, n, grows in zip(mine, theirs, may_grow, strict=True)
             ):
                 raise SchemaMismatch(
                     f"cannot combine {key!r}: {name} has shape {mine} in one state and {theirs} in the other. "
-                    f"{type(self).__name__} expects samples of one shape; for different sizes use "
-                    f"{type(self).__name__}(ragged=True)."
+                    f"{type(self).__name__} expects samples of one shape{self.ragged_advice}."
                 )
 
     def combine(self, a: State, b: State) -> State:
@@ -268,6 +339,12 @@ class Fieldwise(Strategy):
     def layout(self, state: Mapping[str, Any]) -> tuple[Field, ...]:
         """The fields that this state has, in order (a weighted mean has one more)."""
         return tuple(field for field in self.fields if field.name in state)
+
+    @property
+    def ragged_advice(self) -> str:
+        """What to do about samples of different sizes, as the end of a sentence; nothing, where they can't be."""
+        may_be = any(field.name == "ragged" for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return f"; for different sizes use {type(self).__name__}(ragged=True)" if may_be else ""
 
     def ragged_dims(self, field: str, ndim: int) -> tuple[bool, ...]:
         """Which dims of a field may grow."""
@@ -333,6 +410,11 @@ class Listwise(Strategy):
 
     def fold_(self, into: list[Value], other: list[Value]) -> None:
         into.extend(other)
+
+
+def wide(few: Tensor, like: Tensor) -> Tensor:
+    """`few` with dims added behind its own, so that it broadcasts to `like`."""
+    return few.reshape((*few.shape, *[1] * (like.dim() - few.dim())))
 
 
 def corner(shape: Sequence[int]) -> tuple[slice, ...]:

@@ -43,6 +43,7 @@ class Covariance(Fieldwise):
     dim: int | Literal["auto"] = "auto"
     accumulate: torch.dtype | None = None
 
+    groupable = True
     fields = (
         Field("total", SUM),
         Field("count", SUM),

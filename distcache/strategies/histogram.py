@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distcache.strategies.base import SUM, Field, Fieldwise, State, Value
+from distcache.strategies.base import SUM, Field, Fieldwise, Groups, State, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Histogram(Fieldwise):
     per_element: bool = False
     dim: int | Literal["auto"] = "auto"
 
+    groupable = True
     fields = (Field("binned", SUM), Field("count", SUM))
     ragged = False
     size = None
@@ -63,13 +64,26 @@ class Histogram(Fieldwise):
             )
 
     def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
-        if weight_n is not None:
-            raise TypeError("Histogram counts values and takes no weights.")
-        x_nm = value_n.flatten(1) if value_n.dim() > 1 else value_n.unsqueeze(1)
+        x_nm = self._flat(value_n, weight_n)
         count = torch.tensor(len(x_nm), device=x_nm.device)
         if not self.per_element:
             return {"binned": self._binned(x_nm.reshape(-1, 1))[0], "count": count}
         return {"binned": self._binned(x_nm).view(*value_n.shape[1:], self.bins + 3), "count": count}
+
+    def lift_groups(self, value_n: Tensor, weight_n: Tensor | None, groups: Groups) -> State:
+        x_nm = self._flat(value_n, weight_n)
+        each = x_nm.shape[1] if self.per_element else 1  # histograms of a group
+        column_nm = groups.of_n.unsqueeze(1) * each + torch.arange(each, device=x_nm.device)
+        binned = self._binned(x_nm, column_nm, groups.num * each)
+        shape = value_n.shape[1:] if self.per_element else ()
+        return {"binned": binned.view(groups.num, *shape, self.bins + 3), "count": groups.count()}
+
+    @staticmethod
+    def _flat(value_n: Tensor, weight_n: Tensor | None) -> Tensor:
+        """The m elements of each sample, [n, m]."""
+        if weight_n is not None:
+            raise TypeError("Histogram counts values and takes no weights.")
+        return value_n.flatten(1) if value_n.dim() > 1 else value_n.unsqueeze(1)
 
     def take_slab(self, value: Value) -> State:
         value_nk, _ = self.samples(value)
@@ -79,8 +93,11 @@ class Histogram(Fieldwise):
         by_key = value_nk.movedim(1, 0).flatten(1)  # [K, values]
         return {"binned": self._binned(by_key.T), "count": count}
 
-    def _binned(self, x_nm: Tensor) -> Tensor:
-        """[m, bins + 3]: the counts of each of m columns of values."""
+    def _binned(self, x_nm: Tensor, column_nm: Tensor | None = None, num_columns: int | None = None) -> Tensor:
+        """[num_columns, bins + 3]: the counts in each column, of x_nm itself or of those that `column_nm` names."""
+        if column_nm is None or num_columns is None:
+            num_columns = x_nm.shape[1]
+            column_nm = torch.arange(num_columns, device=x_nm.device)
         exact = torch.float32 if x_nm.is_floating_point() and x_nm.dtype != torch.float64 else torch.float64
         self._check_width(exact)
         x_nm = x_nm.to(exact)
@@ -93,8 +110,8 @@ class Histogram(Fieldwise):
         place_nm += (x_nm >= right_nm).to(torch.int32)
         place_nm -= (x_nm < left_nm).to(torch.int32)
         place_nm = place_nm.masked_fill_(x_nm == edges[-2], self.bins).masked_fill_(x_nm.isnan(), self.bins + 2)
-        num_columns, width = x_nm.shape[1], self.bins + 3
-        flat = place_nm.long().add_(torch.arange(num_columns, device=x_nm.device) * width).flatten()
+        width = self.bins + 3
+        flat = place_nm.long().add_(column_nm * width).flatten()
         binned = torch.zeros(num_columns * width, dtype=torch.int64, device=x_nm.device)
         # Not bincount: on a GPU it would wait, to look for the largest.
         binned.scatter_add_(0, flat, torch.ones((), dtype=torch.int64, device=x_nm.device).expand(len(flat)))

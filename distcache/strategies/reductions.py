@@ -6,13 +6,14 @@ another dtype); within a batch floats are summed in float32, pairwise, as torch 
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from distcache.strategies.base import MAX, MIN, SUM, Field, Fieldwise, State, Value, corner
+from distcache.strategies.base import MAX, MIN, SUM, Field, Fieldwise, Groups, State, Value, corner, wide
 
 
 def _exact(value_n: Tensor) -> Tensor:
@@ -26,7 +27,14 @@ def _shaped_weight(weight_n: Tensor, value_n: Tensor) -> Tensor:
     """One weight per sample as [n, 1, …]; one per element as it is."""
     if weight_n.shape == value_n.shape:
         return weight_n
-    return weight_n.reshape(-1, *[1] * (value_n.dim() - 1))
+    return wide(weight_n, value_n)
+
+
+def _sum(x_n: Tensor, groups: Groups | None, dtype: torch.dtype | None = None) -> Tensor:
+    """Σ x over all samples, […], or over those of each group, [num, …], in float64 or int64 if not said otherwise."""
+    if groups is None:
+        return x_n.sum(0, dtype=dtype)
+    return groups.sum(x_n, dtype or (torch.float64 if x_n.is_floating_point() else torch.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,22 @@ class _Reducing(Fieldwise):
     size: int | tuple[int, ...] | None = None
     accumulate: torch.dtype | None = None
 
+    groupable = True
+
+    @abc.abstractmethod
+    def _lift(self, value_n: Tensor, weight_n: Tensor | None, groups: Groups | None) -> State:
+        """The state of all samples, or those of groups of them, side by side."""
+
+    def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
+        return self._lift(value_n, weight_n, None)
+
+    def lift_groups(self, value_n: Tensor, weight_n: Tensor | None, groups: Groups) -> State:
+        return self._lift(value_n, weight_n, groups)
+
+    def lift_groups_slab(self, value_nk: Tensor, groups: Groups) -> State:
+        state, k = self.lift_groups(value_nk, None, groups), value_nk.shape[1]
+        return {n: t.movedim(1, 0) if t.dim() > 1 else t.expand(k, groups.num) for n, t in state.items()}
+
     def take_slab(self, value: Value) -> State:
         # Element by element, so that all keys are one operation; only what has no dims yet is repeated.
         state = self.take(value)
@@ -60,10 +84,12 @@ class _Reducing(Fieldwise):
             return self.accumulate
         return torch.float64 if value_n.dtype.is_floating_point else torch.int64
 
-    def _count(self, value_n: Tensor, weight_n: Tensor | None) -> Tensor:
-        """Samples behind each element: [] where all count alike, else the shape of one sample."""
+    def _count(self, value_n: Tensor, weight_n: Tensor | None, groups: Groups | None) -> Tensor:
+        """Samples behind each element: [] where all count alike, else the shape of one sample; [num, …] of groups."""
         if weight_n is not None and weight_n.shape == value_n.shape and value_n.dim() > 1:
-            return (weight_n != 0).sum(0)
+            return _sum(weight_n != 0, groups)
+        if groups is not None:
+            return groups.count() if weight_n is None else groups.sum(weight_n != 0, torch.int64)
         shape = value_n.shape[1:] if self.ragged else ()
         if weight_n is not None:
             return (weight_n != 0).sum().expand(shape).clone()
@@ -93,11 +119,11 @@ class Sum(_Reducing):
 
     fields = (Field("total", SUM), Field("count", SUM))
 
-    def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
+    def _lift(self, value_n: Tensor, weight_n: Tensor | None, groups: Groups | None) -> State:
         x = _exact(value_n)
         if weight_n is not None:
             x = x.double() * _shaped_weight(weight_n, value_n)
-        return {"total": x.sum(0).to(self._accumulator(x)), "count": self._count(value_n, weight_n)}
+        return {"total": _sum(x, groups).to(self._accumulator(x)), "count": self._count(value_n, weight_n, groups)}
 
     def finalize(self, state: State) -> Tensor:
         return self._cut(state["total"], state)
@@ -118,20 +144,21 @@ class Mean(_Reducing):
 
     fields = (Field("total", SUM), Field("count", SUM), Field("weight", SUM))
 
-    def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
-        x, count = _exact(value_n), self._count(value_n, weight_n)
+    def _lift(self, value_n: Tensor, weight_n: Tensor | None, groups: Groups | None) -> State:
+        x, count = _exact(value_n), self._count(value_n, weight_n, groups)
         if weight_n is None:
             # Integers in float64, where a batch of large ones can't wrap.
             dtype = None if x.is_floating_point() else torch.float64
-            return {"total": x.sum(0, dtype=dtype).to(self.accumulate or torch.float64), "count": count}
+            return {"total": _sum(x, groups, dtype).to(self.accumulate or torch.float64), "count": count}
         weight = _shaped_weight(weight_n, value_n)
-        total = (x.double() * weight).sum(0)
+        total = _sum(x.double() * weight, groups)
         per_element = self.ragged or weight_n.shape == value_n.shape
-        summed = (weight.expand(value_n.shape) if per_element else weight_n).sum(0)
+        summed = _sum(weight.expand(value_n.shape) if per_element else weight_n, groups)
         return {"total": total.to(self.accumulate or torch.float64), "count": count, "weight": summed}
 
     def finalize(self, state: State) -> Tensor:
-        return self._cut(state["total"] / state.get("weight", state["count"]), state)  # 0 / 0 is NaN
+        mass = wide(state.get("weight", state["count"]), state["total"])
+        return self._cut(state["total"] / mass, state)  # 0 / 0 is NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,30 +176,30 @@ class Moments(_Reducing):
 
     fields = (Field("total", SUM), Field("count", SUM), Field("weight", SUM), Field("m2", SUM, round=1))
 
-    def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
+    def _lift(self, value_n: Tensor, weight_n: Tensor | None, groups: Groups | None) -> State:
         x = _exact(value_n)
         x = x if x.is_floating_point() else x.double()
         weight = None if weight_n is None else _shaped_weight(weight_n, value_n)
-        n: Tensor | int = len(x)
+        n: Tensor | int = len(x) if groups is None else wide(groups.count(), x).double()
         if weight is not None:
-            n, x = weight.expand(x.shape).sum(0), x.double()
+            n, x = _sum(weight.expand(x.shape), groups), x.double()
         # A provisional centre c in the input's precision, then the exact correction of it (the two-pass
         # algorithm, corrected): m2 = Σ(x−c)² − (Σ(x−c))²/n.
         divisor = n.clamp_min(torch.finfo(n.dtype).tiny) if isinstance(n, Tensor) else max(n, 1)
-        centre = (x if weight is None else x * weight).sum(0) / divisor
-        off = x - centre
-        first = (off if weight is None else off * weight).sum(0).double()
-        second = (off * off if weight is None else off * off * weight).sum(0).double()
+        centre = (_sum(x if weight is None else x * weight, groups) / divisor).to(x.dtype)
+        off = x - (centre if groups is None else groups.spread(centre))
+        first = _sum(off if weight is None else off * weight, groups).double()
+        second = _sum(off * off if weight is None else off * off * weight, groups).double()
         acc = self.accumulate or torch.float64
         state = {
             "total": (centre.double() * n + first).to(acc),
-            "count": self._count(value_n, weight_n),
+            "count": self._count(value_n, weight_n, groups),
             "m2": (second - first * first / divisor).clamp_min(0).to(acc),
         }
         if weight_n is not None:
             per_element = self.ragged or weight_n.shape == value_n.shape
             assert weight is not None
-            state["weight"] = (weight.expand(x.shape) if per_element else weight_n).sum(0)
+            state["weight"] = _sum(weight.expand(x.shape) if per_element else weight_n, groups)
         return state
 
     def fold_(self, into: State, other: State) -> None:
@@ -200,8 +227,7 @@ class Moments(_Reducing):
 
 def _mass(state: State) -> Tensor:
     """Σ w, or the count, as float64, so that it broadcasts to `total`."""
-    mass = state.get("weight", state["count"]).double()
-    return mass.reshape((*mass.shape, *[1] * (state["total"].dim() - mass.dim())))
+    return wide(state.get("weight", state["count"]).double(), state["total"])
 
 
 def _mean(total: Tensor, mass: Tensor) -> Tensor:
@@ -217,21 +243,23 @@ class _Extreme(_Reducing):
 
     _reduction = SUM
 
-    def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
+    def _lift(self, value_n: Tensor, weight_n: Tensor | None, groups: Groups | None) -> State:
         if weight_n is not None:
             raise TypeError(f"{type(self).__name__} takes no weights: a weight doesn't change which value is largest.")
         x = _exact(value_n)
         reduction = self._reduction
-        if len(x):
+        if groups is not None:
+            best = groups.extreme(x, reduction)
+        elif len(x):
             best = x.amax(0) if reduction is MAX else x.amin(0)
         else:
             best = x.new_full(x.shape[1:], reduction.identity(x.dtype))
-        return {"extreme": best, "count": self._count(value_n, None)}
+        return {"extreme": best, "count": self._count(value_n, None, groups)}
 
     def finalize(self, state: State) -> Tensor:
         extreme, count = state["extreme"], state["count"]
         if extreme.is_floating_point():
-            extreme = extreme.masked_fill(count == 0, float("nan"))
+            extreme = extreme.masked_fill(wide(count, extreme) == 0, float("nan"))
         return self._cut(extreme, state)
 
     def result_dtype(self, given: torch.dtype) -> torch.dtype:
