@@ -12,6 +12,8 @@ Decoders with cross-attention have `cross_resid_in` and `cross_resid_out` in its
     resid_in + attn_out = cross_resid_in        cross_resid_in + cross_attn_out = cross_resid_out
     cross_resid_out + mlp_out = resid_out
 
+In an encoder-decoder all names have the side before them: `encoder_resid_out`, `decoder_cross_attn_out`.
+
 What a family has no point for says why (`absent`), and asking for it raises. `queries` and `keys` are what the
 projections give, before any norm or rotation of heads. In training, dropout that isn't a module of its own (Falcon's,
 ViT's) comes between a point and the stream.
@@ -19,10 +21,9 @@ ViT's) comes between a point and the stream.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -425,6 +426,9 @@ LAYOUTS = (
             "{root}": "embeddings encoder pooler?",
             "{root}encoder": "layer",
             "{block}": "attention intermediate output",
+            "{block}.attention": "self output",
+            "{block}.attention.output": "dense LayerNorm dropout",
+            "{block}.output": "dense LayerNorm dropout",
         },
         attention="{block}.attention.self",
         head_counts=lambda a: (a.num_attention_heads, a.num_attention_heads),
@@ -615,7 +619,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
-    for (bare, *_), module, _ in _walk(model, [""], model):
+    for (bare, *_), module, _ in _walk(model):
         if id(module) not in seen:
             seen.add(id(module))
             found[bare] = module  # of a wrapper and what it wraps the latter, which comes later
@@ -628,7 +632,7 @@ def module_paths(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     That is every name that it goes by, bare, or with any of the parts that wrappers put in (as `model.named_modules()`
     says it). A bare path comes first: `module.x` is the model's own part `module`, if it has one.
     """
-    walked = list(_walk(model, [""], model))
+    walked = _walk(model)
     found = {bare: (bare, hooked) for (bare, *_), _, hooked in walked}
     for (bare, *spelled), _, _ in walked:
         for path in spelled:
@@ -642,27 +646,34 @@ def wrapped(module: nn.Module) -> nn.Module | None:
     return getattr(module, inside, None) if inside else None
 
 
-def _walk(
-    module: nn.Module, paths: list[str], hooked: nn.Module, above: frozenset[int] = frozenset()
-) -> Iterator[tuple[list[str], nn.Module, nn.Module]]:
-    """(paths, module, the module to hook) of a module and all that it holds, once for each name; bare paths first.
+def _walk(model: nn.Module) -> list[tuple[list[str], nn.Module, nn.Module]]:
+    """(paths, module, the module to hook) of a model and all that it holds, once for each name; bare paths first.
 
     To hook is, of wrappers and what they wrap, the innermost that surely is called.
     """
-    yield paths, module, hooked
-    inside, calls = _wraps(type(module))
-    above |= {id(module)}
-    for name, child in module._modules.items():
-        if child is None or id(child) in above:  # a part that holds the whole
-            continue
-        longer = [f"{path}.{name}" if path else name for path in paths]
-        if name == inside:
-            yield from _walk(child, paths + longer, child if calls and hooked is module else hooked, above)
-        else:
-            yield from _walk(child, longer, child, above)
+    found: list[tuple[list[str], nn.Module, nn.Module]] = []
+    known: dict[type, tuple[str, bool]] = {}
+
+    def visit(module: nn.Module, paths: list[str], hooked: nn.Module, above: tuple[int, ...]) -> None:
+        found.append((paths, module, hooked))
+        kind = type(module)
+        if kind not in known:
+            known[kind] = _wraps(kind)
+        inside, calls = known[kind]
+        above = (*above, id(module))
+        for name, child in module._modules.items():
+            if child is None or id(child) in above:  # a part that holds the whole
+                continue
+            longer = [f"{path}.{name}" if path else name for path in paths]
+            if name == inside:
+                visit(child, paths + longer, child if calls and hooked is module else hooked, above)
+            else:
+                visit(child, longer, child, above)
+
+    visit(model, [""], model, ())
+    return found
 
 
-@functools.cache
 def _wraps(cls: type) -> tuple[str, bool]:
     """The entry of `_WRAPPERS` for a class or its bases; a name that no child has for what is no wrapper."""
     names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
@@ -672,11 +683,12 @@ def _wraps(cls: type) -> tuple[str, bool]:
 def find_families(model: nn.Module) -> list[Family]:
     """Every stack of blocks in a model, by its structure. One that fits a layout in part is another family."""
     # By every name that a module goes by: T5's stacks may share one embedding.
-    modules = {bare: module for (bare, *_), module, _ in _walk(model, [""], model)}
+    modules = {bare: module for (bare, *_), module, _ in _walk(model)}
+    numbered = [name for name in modules if name.endswith(".0")]
     found: dict[tuple[str, int], Family] = {}  # by the first block, which may go by several names
     for layout in LAYOUTS:
         first = layout.block.removeprefix("{root}").replace("{layer}", "0")
-        roots = [name.removesuffix(first) for name in modules if name.endswith(first)]
+        roots = [name.removesuffix(first) for name in numbered if name.endswith(first)]
         stacks = (_fitted(layout, root, modules) for root in roots if not root or root.endswith("."))
         for family in filter(None, stacks):
             found.setdefault((layout.name, id(modules[family.path("{block}", 0)])), family)
@@ -707,17 +719,12 @@ def family_of(model: nn.Module, families: Sequence[Family], site: str) -> Family
 
 def _fitted(layout: Layout, root: str, modules: Mapping[str, nn.Module]) -> Family | None:
     """A layout at one place in a model, if it fits in full."""
-    bare = Family(layout, root, modules, num_layers=0)
-    num_layers = next(n for n in itertools.count() if bare.path("{block}", n) not in modules)
-    family = replace(bare, num_layers=num_layers, stream=_stream(root, modules))
-    multipliers = {re.split(r"[.}]", point.scale)[-1] for point in layout.points.values() if point.scale}
-    for template, names in layout.children.items():
-        for path in family.paths(template):
-            module = modules.get(path)
-            if module is None or not _has(module, names.split()) or _scales(module, multipliers):
-                return None
-    needed = [point.path for point in layout.points.values() if not point.optional]
-    if any(path not in modules for template in needed for path in family.paths(template)):
+    family = Family(layout, root, modules, num_layers=1, stream=_stream(root, modules))
+    if not _fits(family):  # most layouts don't, by their first block
+        return None
+    num_layers = next(n for n in itertools.count() if family.path("{block}", n) not in modules)
+    family = replace(family, num_layers=num_layers)
+    if not _fits(family):
         return None
     try:
         holds = all(layout.holds(modules[path]) for path in family.paths("{block}"))
@@ -728,6 +735,19 @@ def _fitted(layout: Layout, root: str, modules: Mapping[str, nn.Module]) -> Fami
         return None
     num_heads, num_kv_heads = counts.pop()
     return replace(family, num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+
+def _fits(family: Family) -> bool:
+    """Whether a model has what its family's layout says, and nothing that could change the stream."""
+    layout, modules = family.layout, family.modules
+    multipliers = {re.split(r"[.}]", point.scale)[-1] for point in layout.points.values() if point.scale}
+    for template, names in layout.children.items():
+        for path in family.paths(template):
+            module = modules.get(path)
+            if module is None or not _has(module, names.split()) or _scales(module, multipliers):
+                return False
+    needed = [layout.attention, *(point.path for point in layout.points.values() if not point.optional)]
+    return all(path in modules for template in needed for path in family.paths(template))
 
 
 def _stream(root: str, modules: Mapping[str, nn.Module]) -> Literal["encoder", "decoder"] | None:
@@ -750,11 +770,10 @@ def _has(module: nn.Module, children: Sequence[str]) -> bool:
 
 def _scales(module: Any, multipliers: Collection[str]) -> bool:
     """Whether a module may scale the residual stream, by parameters or a number of its own that isn't one of
-    `multipliers`: ESM C's `scaling_factor`, Doge's `input_residual`.
+    `multipliers`: ESM C's `scaling_factor`, Doge's `input_residual`, the `attn_residual_add_idx` of Beam.
     """
-    numbers = (
-        value
-        for name, value in vars(module).items()
-        if isinstance(value, float) and name not in multipliers and "dropout" not in name
+    numbers = {name: value for name, value in vars(module).items() if name not in multipliers and "dropout" not in name}
+    return any(True for _ in module.parameters(recurse=False)) or any(
+        value not in (0.0, 1.0) and (isinstance(value, float) or (isinstance(value, int) and "residual" in name))
+        for name, value in numbers.items()
     )
-    return any(value not in (0.0, 1.0) for value in numbers) or any(True for _ in module.parameters(recurse=False))

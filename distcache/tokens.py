@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distcache.errors import SiteError
+from distcache.families import wrapped
 from distcache.generation import Generation, token_ids_of
 from distcache.ledger import samples_of
 from distcache.strategies import Columns
@@ -459,10 +460,10 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
 def _signature(module: nn.Module) -> inspect.Signature:
     """A module's own; of a wrapper that takes anything, such as DistributedDataParallel, that of what it wraps."""
     signature = inspect.signature(module.forward)
-    inside = (getattr(module, name, None) for name in ("_orig_mod", "module"))
-    inner = next((found for found in inside if isinstance(found, nn.Module)), None)
+    inner = wrapped(module)
+    inner = getattr(module, "module", None) if inner is None else inner  # a user's own wrapper mostly calls it so
     takes_anything = all(parameter.kind in _VARIADIC for parameter in signature.parameters.values())
-    return signature if inner is None or not takes_anything else _signature(inner)
+    return _signature(inner) if takes_anything and isinstance(inner, nn.Module) else signature
 
 
 def _sizes(arguments: Mapping[str, Any], stream: Stream) -> tuple[int, int | None]:

@@ -27,15 +27,16 @@ def unembed(model: nn.Module) -> Callable[[Tensor], Tensor]:
     in_decoder = any(family.stream == "decoder" for family in families)
     family = family_of(model, families, "decoder_resid_out" if in_decoder else "resid_out")
     owner, embedding, head = _head(model, modules)
-    norm: nn.Module = nn.Identity()
-    if "final_norm_out" not in family.layout.absent:
-        norm = family.modules[family.path(family.layout.points["final_norm_out"].path)]
-    config, weight = owner.config, embedding.weight
+    point = family.layout.points.get("final_norm_out")
+    norm = family.modules.get(family.path(point.path), nn.Identity()) if point else nn.Identity()
+    config: Any = getattr(owner, "config", None)
+    weight = embedding.weight
 
     def logits_of(x: Tensor) -> Tensor:
-        x = norm(x.to(weight.device, weight.dtype if weight.is_floating_point() else x.dtype))
+        device = x.device if weight.is_meta else weight.device  # offloaded: whoever brings it in moves x too
+        x = norm(x.to(device, weight.dtype if weight.is_floating_point() else x.dtype))
         if getattr(config, "scale_decoder_outputs", False):  # T5, if its embeddings are one
-            x = x * config.d_model**-0.5
+            x = x * owner.model_dim**-0.5
         logits = head(x)
         if getattr(config, "logits_scaling", None) is not None:  # Granite
             logits = logits / config.logits_scaling
@@ -55,10 +56,10 @@ def _head(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[Any, Any,
     for owner in modules.values():
         find = getattr(owner, "get_output_embeddings", None)
         embedding = find() if callable(find) else None
-        if embedding is not None:
-            path = next(path for path, module in modules.items() if module is embedding)
-            around = modules[path.rpartition(".")[0]]
-            return owner, embedding, embedding if around is owner else around
+        for path, module in modules.items():
+            if module is embedding:
+                around = modules[path.rpartition(".")[0]]
+                return owner, embedding, embedding if around is owner else around
     raise SiteError(
         f"{type(model).__name__} has no output embedding that leads from the residual stream to logits: load it with "
         "its head, as by AutoModelForCausalLM."

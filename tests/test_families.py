@@ -488,7 +488,9 @@ def encoder(norm_first=True, batch_first=True, norm=True):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(32, 4, 48, norm_first=norm_first, batch_first=batch_first)
-        stack = nn.TransformerEncoder(layer, 2, nn.LayerNorm(32) if norm else None, enable_nested_tensor=False)
+        # Nested tensors, where torch makes them: hooks must see padded ones.
+        nested = batch_first and not norm_first
+        stack = nn.TransformerEncoder(layer, 2, nn.LayerNorm(32) if norm else None, enable_nested_tensor=nested)
     for parameter in stack.parameters():
         nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
     return stack.eval()
@@ -608,6 +610,25 @@ def test_a_text_has_the_pattern_in_a_batch_that_it_has_alone(name):
     assert wrong_patterns(name, build(name, attn_implementation="eager")) == []
 
 
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "vit", "t5"])
+def test_averaged_patterns_are_those_of_texts_alone_over_the_texts_that_have_a_query(name):
+    model = build(name, attn_implementation="eager")
+    alone = patterns_alone(name, model)
+    sites = [f"{stream}avg_attn_pattern" for stream in dict.fromkeys(stream for stream, _ in alone)]
+    with dc.record(model, sites) as rec, torch.no_grad():
+        model(**inputs_of(name))
+    for (stream, layer), patterns in alone.items():
+        size = max(pattern_hll.shape[-1] for pattern_hll in patterns)
+        total_hss, num_texts_s = torch.zeros(4, size, size), torch.zeros(size)
+        for pattern_hll in patterns:
+            length = pattern_hll.shape[-1]
+            total_hss[:, :length, :length] += pattern_hll
+            num_texts_s[:length] += 1
+        for head in range(4):
+            found, expected = rec[f"{stream}avg_attn_pattern_L{layer}H{head}"], total_hss[head] / num_texts_s[:, None]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_patterns_of_another_model_are_told_apart(monkeypatch):
     other = build("granite", attn_implementation="eager", attention_multiplier=0.3)
     alone = patterns_alone("granite", build("granite", attn_implementation="eager"))
@@ -693,6 +714,8 @@ STRANGERS = {
     "Qwen 3, with experts in one layer": ("Qwen3MoeConfig", {**LLAMA_LIKE, **EXPERTS, "mlp_only_layers": [0]}),
     "Doge, which weighs the residual stream": ("DogeConfig", LLAMA_LIKE),
     "GPT-BigCode, with one key head": ("GPTBigCodeConfig", CONFIGS["gpt2"][1]),
+    "Beam, which scales by depth": ("BeamConfig", {**LLAMA_LIKE, "head_dim": 8}),
+    "X-MOD, with adapters for languages": ("XmodConfig", {**WIDTH, **WORDS}),
     "BLOOM, whose parts return the sum": ("BloomConfig", dict(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
     "Phi 2, with parallel blocks": ("PhiConfig", LLAMA_LIKE),
     "GPT-2 with cross-attention": ("GPT2Config", {**CONFIGS["gpt2"][1], "add_cross_attention": True}),
@@ -736,6 +759,33 @@ def test_one_more_child_or_a_number_of_its_own_makes_another_family(name, where)
         else:
             module.layer_scale = 0.5
         assert families.find_families(model) == []
+
+
+def test_an_adapter_around_a_projection_leaves_the_family():
+    class Adapted(nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer, self.down, self.up = base_layer, nn.Linear(32, 2), nn.Linear(2, 96)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.up(self.down(x))
+
+    model, inputs = build("gpt2"), inputs_of("gpt2")
+    for block in model.transformer.h:
+        block.attn.c_attn = Adapted(block.attn.c_attn)
+    assert wrong_keys(recorded("gpt2", model, inputs), seen_by_hand("gpt2", model, inputs)) == []
+
+
+def test_stacks_that_share_an_embedding_have_each_its_own():
+    model, inputs = build("t5"), inputs_of("t5")
+    model.set_input_embeddings(model.shared)
+    assert model.encoder.embed_tokens is model.decoder.embed_tokens
+    sites = [f"{stream}_{site}" for stream in ("encoder", "decoder") for site in ("embed", "resid_in")]
+    with dc.record(model, sites) as rec, torch.no_grad():
+        model(**inputs)
+    for stream in ("encoder", "decoder"):
+        assert torch.equal(rec[f"{stream}_embed"], rec[f"{stream}_resid_in_0"])
+    assert len(rec["encoder_embed"]) == 15 and len(rec["decoder_embed"]) == 10
 
 
 def test_two_stacks_of_blocks_are_told_apart_by_the_user():
