@@ -129,6 +129,24 @@ def reductions(
 
     yield Candidate("distcache", merge, fold, check, repeats=repeats)
 
+    first = dc.DistributedCache()
+
+    def fold_into_new() -> None:
+        nonlocal first
+        first.close()
+        first = dc.DistributedCache()
+        first.register_aggregation("key", dc.Mean(accumulate=dtype))
+        deferred = first.deferred_mode()
+        deferred.__enter__()
+        first.cat(local)
+        first._deferred = False
+
+    def merge_first() -> dc.DistributedCache:
+        first.merge()
+        return first
+
+    yield Candidate("distcache, a cache's first merge", merge_first, fold_into_new, check)
+
     def per_key() -> dict[str, Tensor]:
         merged = {}
         for key, value in values.items():

@@ -427,10 +427,10 @@ class _Recorder:
     def _add(self, slab: Slab) -> None:
         """Stage a state; of a generation, whose passes are many, those of one key together."""
         if self.generating and self.step > 0:
-            for place, before in enumerate(self.slabs):
-                if before.keys == slab.keys and (joined := _joined(before, slab)) is not None:
-                    self.slabs[place] = joined
-                    return
+            place = next((i for i in reversed(range(len(self.slabs))) if self.slabs[i].keys == slab.keys), None)
+            if place is not None and (joined := _joined(self.slabs[place], slab)) is not None:
+                self.slabs[place] = joined
+                return
         self.slabs.append(slab)
 
     def _rows(self, target: Target, batch: Batch, x: Tensor) -> tuple[Tensor, Columns]:
@@ -667,10 +667,14 @@ def in_order(shown: Sequence[Shown]) -> list[Shown]:
 
 
 def _joined(before: Slab, slab: Slab) -> Slab | None:
-    """Two states of the same keys as one; None where their shapes differ."""
+    """Two states of the same keys as one; None where their shapes differ, or the cells of groups that they bring."""
     shapes = [{name: tensor.shape for name, tensor in one.state.items()} for one in (before, slab)]
     if shapes[0] != shapes[1] or before.result != slab.result:
         return None
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in before.state.items()}
-    slab.strategy.fold_(state, slab.state)
-    return dataclasses.replace(before, state=state)
+    more = dict(slab.state)
+    cells = {"cells": state.pop("cells")} if "cells" in state else {}
+    if cells and not torch.equal(cells["cells"], more.pop("cells")):
+        return None
+    slab.strategy.fold_(state, more)
+    return dataclasses.replace(before, state={**state, **cells})
