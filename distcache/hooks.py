@@ -27,7 +27,7 @@ from distcache.errors import SchemaMismatch, SiteError, TooLarge
 from distcache.families import module_paths, named_modules, wrapped
 from distcache.generation import Generation, begun, holds_tokens, token_ids_of
 from distcache.memory import available_bytes, human
-from distcache.midst import FUSED, Offload, apart, check_stop, modules_called, recomputing, replaced
+from distcache.midst import FUSED, Offload, apart, check_stop, device_of, eager, modules_called, recomputing, replaced
 from distcache.segments import capacity, fits
 from distcache.sites import AttentionTarget, Site, Sites, Target, resolve_sites
 from distcache.strategies import Columns, Extend, Fieldwise, Strategy, Value
@@ -113,18 +113,21 @@ def record(
     at a pass's end for a site that reported nothing; `TooLarge` before the pass whose accumulators wouldn't fit;
     TypeError if `into` is no cache.
     """
-    core = module_paths(model)[""][1]  # in what was put around the whole of it
-    targets, attention = resolve_sites(model, sites)
-    local = Recording()
-    recorder = _Recorder(core, targets, attention, local, into, phase, stop)
-    recorder.expect(index, mask, columns)
-    local._recorder = recorder
-    try:
-        with recorder.attached():
-            yield local
-        recorder.check_phase()
-    finally:
-        local._recorder = None
+    # Always, and not only where a module looks compiled: a function around the model may be, or the model in the block.
+    # And first, so that no compiler follows into what comes next. 5 µs; 0.8 s once, to import the compiler.
+    with eager():
+        core = module_paths(model)[""][1]  # in what was put around the whole of it
+        targets, attention = resolve_sites(model, sites)
+        local = Recording()
+        recorder = _Recorder(core, targets, attention, local, into, phase, stop)
+        recorder.expect(index, mask, columns)
+        local._recorder = recorder
+        try:
+            with recorder.attached():
+                yield local
+            recorder.check_phase()
+        finally:
+            local._recorder = None
 
 
 class _Stop(BaseException):
@@ -208,9 +211,6 @@ class _Recorder:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            # Compiled graphs leave hooks out without a word. Always, and not only where a module looks compiled: a
-            # function around the model may be, or the model in the block. 5 µs; 0.8 s once, to import the compiler.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
             if any(isinstance(module, FUSED) for module in self.model.modules()):
                 stack.enter_context(modules_called())
             # Hooks of one module run in the order they came: a pass must be opened before and closed after its sites.
@@ -579,7 +579,7 @@ class _Recorder:
             if target.keys[0] in held and fits(total, held.capacities(target.keys[0])["total"]):
                 grown = 0
             staged = size * size * 4  # the pass's own sums in float32, until it returns
-            device = next((p.device for p in target.module.parameters()), torch.device("cpu"))
+            device = device_of(target.module)
             need[device] = need.get(device, 0) + len(target.keys) * (grown + staged)
         for device, nbytes in need.items():
             free = available_bytes(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,38 @@ from distcache.errors import SiteError
 
 FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # may compute what is theirs in one go
 _SPREAD = {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel", "PipelineStage"}
+
+
+_eager_lock = threading.Lock()
+_eager_blocks = 0
+_stance: Any = None  # of the first block, which knows what was before
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Compiled code runs eagerly meanwhile: compiled graphs leave hooks out without a word.
+
+    The stance is the whole process's. Blocks may overlap, in one thread or in several: the last that ends puts back
+    what the first has found. `SiteError` inside of compiled code, which goes on as it has begun.
+    """
+    global _eager_blocks, _stance
+    with _eager_lock:
+        try:
+            stance = torch.compiler.set_stance("force_eager")
+        except RuntimeError as error:
+            raise SiteError(
+                "record() was opened inside of a function that torch.compile compiles, where hooks are left out: open "
+                "it around the call of that function, or in one that has @torch.compiler.disable."
+            ) from error
+        _stance, _eager_blocks = _stance or stance, _eager_blocks + 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_blocks -= 1
+            if not _eager_blocks:
+                _stance.__exit__(None, None, None)
+                _stance = None
 
 
 def recomputing() -> bool:
@@ -31,6 +64,16 @@ def apart(device: torch.device) -> Iterator[None]:
         if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights lie, or where accelerate brings them from the CPU or the disk."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    given = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((found for found in given if found is not None), "cpu"))
 
 
 def check_stop(model: nn.Module, optional: Sequence[str]) -> None:
