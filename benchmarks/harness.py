@@ -134,7 +134,8 @@ def slowest(by_rank: list[list[list[float]]]) -> list[list[float]]:
 
 
 def torchrun_environment(rank: int, world_size: int) -> None:
-    """What torchrun would have set: some peers look for it."""
+    """What torchrun would have set: some peers look for it, and one gives every rank all cores where it isn't there."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")

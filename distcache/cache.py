@@ -338,27 +338,28 @@ class ActivationCache:
         value: Any,
         index: int | Iterable[int] | Tensor | None = None,
         weight: float | Tensor | None = None,
-        **columns: Tensor,
+        **columns: Tensor | float,
     ) -> None:
         """Fold one value into the key's state by its strategy; in deferred mode, note it for the block's end.
 
         `index`: the samples' indices in the data set, one per sample. `weight`: a number, or one per sample or
-        element. `columns`: tensors [n] that are kept beside the rows of a concatenation, one row per sample.
-        ValueError, TypeError, `SchemaMismatch` for what doesn't fit; nothing has changed then.
+        element. `columns`: tensors [n], or a number of one sample, that are kept beside the rows of a concatenation,
+        one row per sample, and that `Grouped` goes by. ValueError, TypeError, `SchemaMismatch` for what doesn't fit;
+        nothing has changed then.
         """
         self._check_key(key)
         if "sample" in columns:
             raise ValueError("the samples' numbers are given as index=, not as a column.")
         known = None
         if columns:
-            lengths = {name: len(column) for name, column in columns.items()}
+            by_name = {name: _column(key, name, column) for name, column in columns.items()}
+            lengths = {name: len(column) for name, column in by_name.items()}
             n = next(iter(lengths.values()))
             if any(length != n for length in lengths.values()):
                 raise ValueError(f"columns of {key!r} differ in length: {lengths}.")
             entry = self._receiving._held(key)
             before = entry.state.num_rows if isinstance(entry, KeptEntry) and isinstance(entry.state, Rows) else 0
             sample = torch.arange(n) if index is not None else torch.arange(before, before + n)
-            by_name = {name: torch.as_tensor(column).detach().cpu() for name, column in columns.items()}
             known = Columns({"sample": sample, "position": torch.zeros(n, dtype=torch.int64), **by_name})
         one = ActivationCache()
         given = None if weight is None else torch.as_tensor(weight, dtype=torch.float64)
@@ -720,6 +721,16 @@ def site_keys(keys: Iterable[str], place: tuple[Any, ...]) -> list[list[tuple[in
     if not found:
         raise KeyError(f"no layer {layer} of site {site!r}: the cache has its layers {sorted(by_layer)}.")
     return found
+
+
+def _column(key: str, name: str, column: Any) -> Tensor:
+    """A column [n] on the CPU; a number is one of one sample. TypeError for what isn't made of numbers."""
+    try:
+        return torch.atleast_1d(torch.as_tensor(column).detach().cpu())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"column {name!r} of {key!r}: expected a number per sample, got {column!r}: {error}. Number words first."
+        ) from error
 
 
 def _ledger_of(keys: Sequence[str], samples: Tensor) -> Ledger:

@@ -87,7 +87,7 @@ def collect(
         for number, start in enumerate(starts):
             index = range(start, min(start + batch_size, len(data)))
             samples = [data[i] for i in index]
-            beside = {name: _column(name, [sample[name] for sample in samples]) for name in columns}
+            beside = {name: _column(name, [_field(sample, name) for sample in samples]) for name in columns}
             if columns:
                 samples = [{k: v for k, v in sample.items() if k not in columns} for sample in samples]
             rec.next(index=index, **beside)
@@ -165,6 +165,13 @@ def _is_ids(field: Any) -> bool:
 
 def _padded(rows: Sequence[Any]) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
+
+
+def _field(sample: Any, name: str) -> Any:
+    if isinstance(sample, Mapping) and name in sample:
+        return sample[name]
+    got = f"the fields {', '.join(map(str, sample))}" if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
+    raise TypeError(f"column {name!r}: expected samples that are mappings with that field, got {got}.")
 
 
 def _column(name: str, values: list[Any]) -> Tensor:

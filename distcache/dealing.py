@@ -13,6 +13,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
 )
 
@@ -24,15 +25,22 @@ def share(loader: Any, rank: int, world_size: int) -> tuple[int, Iterator[tuple[
     size. Not a collective.
 
     `loader`: a DataLoader over a data set with a length, of which only this rank's samples are read; or anything sized
-    that gives batches, which is read whole. `index`: int64 [B], the samples' numbers. A DataLoader that shuffles is
-    read in order, because every rank would shuffle in its own way; any other order must be the same on every rank.
+    that gives batches, which is read whole; or a sampler, whose samples' numbers, one by one or in batches, are both
+    index and batch. `index`: int64 [B], the samples' numbers. A DataLoader that shuffles is read in order, because
+    every rank would shuffle in its own way; any other order must be the same on every rank.
 
-    TypeError for what has no length; ValueError for a loader that deals samples itself.
+    TypeError for what has no length or no batches; ValueError for a loader that deals samples itself.
     """
     if isinstance(loader, DataLoader):
         return _share_loader(loader, rank, world_size)
     if not isinstance(loader, Sized):
         raise TypeError(f"share expects a DataLoader or a sized iterable of batches, got {type(loader).__name__}.")
+    if isinstance(loader, Sampler):
+        _check_deals_all(getattr(loader, "sampler", loader))
+        found = list(loader)
+        numbers = [torch.atleast_1d(torch.as_tensor(item)).tolist() for item in found]
+        own = zip(numbers[rank::world_size], found[rank::world_size], strict=True)
+        return digest_of(numbers), ((torch.tensor(index, dtype=torch.int64), item) for index, item in own)
     return digest_of(len(loader)), _share_batches(loader, rank, world_size)
 
 
@@ -42,11 +50,7 @@ def _share_loader(loader: DataLoader[Any], rank: int, world_size: int) -> tuple[
             "share needs a DataLoader that makes batches of numbered samples: a map-style data set and a batch_size."
         )
     sampler = getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(sampler, DistributedSampler):
-        raise ValueError(
-            "the loader's DistributedSampler deals samples itself and repeats some to make shares equal: leave it out, "
-            "share() deals without padding."
-        )
+    _check_deals_all(sampler)
     batches: Any = loader.batch_sampler
     if isinstance(sampler, RandomSampler):
         batches = BatchSampler(SequentialSampler(loader.dataset), loader.batch_size or 1, loader.drop_last)  # type: ignore
@@ -67,6 +71,14 @@ def _share_loader(loader: DataLoader[Any], rank: int, world_size: int) -> tuple[
     return digest_of(everything), zip(indices, part, strict=True)
 
 
+def _check_deals_all(sampler: Any) -> None:
+    if isinstance(sampler, DistributedSampler):
+        raise ValueError(
+            "the loader's DistributedSampler deals samples itself and repeats some to make shares equal: leave it out, "
+            "share() deals without padding."
+        )
+
+
 def _share_batches(batches: Any, rank: int, world_size: int) -> Iterator[tuple[Tensor, Any]]:
     start = 0
     for i, batch in enumerate(batches):
@@ -82,4 +94,9 @@ def _num_samples(batch: Any) -> int:
         return _num_samples(next(iter(batch.values())))
     if isinstance(batch, (tuple, list)) and len(batch) and isinstance(batch[0], (Tensor, Mapping)):
         return _num_samples(batch[0])
+    if not isinstance(batch, Sized):
+        raise TypeError(
+            f"share deals batches, got {type(batch).__name__} among them: give a DataLoader with a batch_size, a "
+            "sampler, or a list of batches."
+        )
     return len(batch)

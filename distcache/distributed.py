@@ -277,7 +277,7 @@ class DistributedCache(_Reading):
         value: Any,
         index: int | Iterable[int] | Tensor | None = None,
         weight: float | Tensor | None = None,
-        **columns: Tensor,
+        **columns: Tensor | float,
     ) -> None:
         """Fold one value into the delta, in deferred mode; see `ActivationCache.add`. RuntimeError outside."""
         self._need_deferred("add").add(key, value, index, weight, **columns)

@@ -213,6 +213,7 @@ def test_samples_of_different_sizes_keep_the_laws(strategy, sizes, seed):
 @given(sizes=st.lists(st.integers(1, 5), min_size=2, max_size=5), seed=CASES["seed"])
 def test_patterns_of_different_lengths_keep_the_laws(sizes, seed):
     check_strategy_laws(AveragePattern(), [seeded(n, n, seed=seed).abs() for n in sizes])
+    check_strategy_laws(AveragePattern(), [seeded(2, n, n, seed=seed).abs() for n in sizes])  # two heads as one value
 
 
 WEIGHING = [Sum(), Mean(), Moments(), Mean(ragged=True), Mean(dim=0), Covariance(), Covariance(center=False)]
@@ -852,6 +853,9 @@ def test_patterns_average_over_the_sequences_that_have_a_query():
     strategy = AveragePattern()
     state = strategy.combine(strategy.take(Value(short)), strategy.take(Value(long)))
     assert strategy.finalize(state).tolist() == [[0.75, 0.25], [0.25, 0.75]] and state["count"].tolist() == [[2], [1]]
+    both = strategy.combine(*(strategy.take(Value(torch.stack([x, 2 * x]))) for x in (short, long)))  # of two heads
+    found = strategy.finalize(both)
+    assert torch.equal(found[0], strategy.finalize(state)) and torch.equal(found[1], 2 * found[0])
     with pytest.raises(ValueError, match=r"expects square patterns, \[S, S\] each, got \(2, 3\)"):
         strategy.take(Value(torch.ones(2, 3)))
 
