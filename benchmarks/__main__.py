@@ -8,15 +8,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import merging, recording
+from benchmarks import attention, merging, recording
 from benchmarks.harness import WARM_UPS, Timings, slowest
 from distcache.testing import RankPool
+
+# Workloads of one process.
+ALONE = dict.fromkeys(recording.WORKLOADS, recording.on_rank) | dict.fromkeys(attention.WORKLOADS, attention.on_rank)
 
 
 def run(name: str, world_size: int, rounds: int, device: str) -> list[Timings]:
     with RankPool() as pool:
-        on_rank = recording.on_rank if name in recording.WORKLOADS else merging.on_rank
-        answers: Any = pool.run(world_size, on_rank, name, rounds, device, timeout_s=1800)
+        answers: Any = pool.run(world_size, ALONE.get(name, merging.on_rank), name, rounds, device, timeout_s=1800)
     names, times = answers[0][0], slowest([times for _, times, _ in answers])
     peaks = [
         max((p for p in by_rank if p is not None), default=None)
@@ -41,19 +43,19 @@ def show(name: str, world_size: int, timings: list[Timings]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "workloads", nargs="*", help=f"of: {', '.join((*merging.WORKLOADS, *recording.WORKLOADS))}; all by default"
+        "workloads", nargs="*", help=f"of: {', '.join((*merging.WORKLOADS, *ALONE))}; by default all for the device"
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
-    wanted = args.workloads or (*merging.WORKLOADS, *recording.WORKLOADS)
+    wanted = args.workloads or (*merging.WORKLOADS, *recording.WORKLOADS, *attention.BY_DEVICE[args.device])
     for world_size in args.ranks if args.device == "cpu" else [1]:
         for name in wanted:
-            if name not in recording.WORKLOADS:
+            if name not in ALONE:
                 show(name, world_size, run(name, world_size, args.rounds, args.device))
     for name in wanted:
-        if name in recording.WORKLOADS:  # of one process
+        if name in ALONE:
             show(name, 1, run(name, 1, args.rounds, args.device))
 
 

@@ -1,6 +1,7 @@
 """Collect activations from models that run on many ranks, aggregate them, merge across the cluster once."""
 
 from distcache import plot
+from distcache.attention import ByClass, Distance, Pooled
 from distcache.cache import ActivationCache
 from distcache.collect import collect
 from distcache.comm import init
@@ -44,9 +45,11 @@ __all__ = [
     "ActivationCache",
     "AveragePattern",
     "BadCache",
+    "ByClass",
     "Cat",
     "Covariance",
     "DistcacheError",
+    "Distance",
     "DistributedCache",
     "DuplicateSamples",
     "Extend",
@@ -61,6 +64,7 @@ __all__ = [
     "Min",
     "Moments",
     "PeerFailed",
+    "Pooled",
     "SchemaMismatch",
     "Site",
     "SiteError",

@@ -13,34 +13,27 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from distcache.attention import AttentionCall, pattern, pattern_sum, tap_attention
+from distcache.attention import AttentionCall, tap_attention, tap_functions
 from distcache.cache import ActivationCache
 from distcache.entries import Shown, Slab, registered
-from distcache.errors import SchemaMismatch, SiteError, TooLarge
+from distcache.errors import SiteError, TooLarge
 from distcache.families import module_paths, named_modules, wrapped
-from distcache.generation import Generation, begun, holds_tokens, token_ids_of
+from distcache.generation import Generation, begun, token_ids_of, tokens_held
 from distcache.memory import available_bytes, human
 from distcache.midst import FUSED, Offload, apart, check_stop, device_of, eager, modules_called, recomputing, replaced
-from distcache.segments import capacity, fits
-from distcache.sites import AttentionTarget, Site, Sites, Target, resolve_sites
-from distcache.strategies import Columns, Extend, Fieldwise, Strategy, Value
-from distcache.tokens import (
-    Batch,
-    Given,
-    Mask,
-    Stream,
-    as_selector,
-    bound_arguments,
-    find_streams,
-    open_batch,
-)
+from distcache.patterns import room_nbytes, shown_patterns
+from distcache.sites import AttentionTarget, Sites, Target, resolve_sites
+from distcache.staged import Staged
+from distcache.strategies import Fieldwise, Strategy, Value
+from distcache.streams import Given, Mask, Stream, bound_arguments, find_streams, open_batch
+from distcache.tokens import Batch, as_selector
+from distcache.values import first_tensor, own, reduced, rows_of
 
 if TYPE_CHECKING:
     from distcache.distributed import DistributedCache
@@ -89,9 +82,9 @@ def record(
 
     `model.generate(…)` is one contribution: it counts once it has returned, and rows come by sample, then position.
     Rows know the `step` (0 the prompt, n the pass that was fed the n-th new token) and the `token_id`. What is fed
-    for a sequence from its end on counts nowhere. Beams, several sequences a sample and drafts of another model are
-    refused. In a decoding loop of one's own each pass that is given a cache with tokens in it goes on with the texts
-    of the pass before.
+    for a sequence from its end on counts nowhere, and of texts that are fed again, for want of a cache, what is new.
+    Beams, several sequences a sample and drafts of another model are refused. In a decoding loop of one's own each pass
+    that is given a cache with tokens in it goes on with the texts of the pass before.
 
     Args:
         model: the module that is called. Its parts alone must not be: `SiteError`.
@@ -101,10 +94,10 @@ def record(
         mask: padding [B, S], non-zero for valid tokens; a function that makes it of the call's arguments by name; of
             an encoder-decoder a dict, {"encoder": …, "decoder": …}; None: the model's own, by its keyword
             (`attention_mask`, `src_key_padding_mask`, …), wherever it stands in the call, else all are valid. A vision
-            tower has none.
+            tower has its own, of patches, or none.
         index: the samples' places in the data set, one entry per sample [B].
         phase: of a generation: "prompt", "new" for the tokens that were generated and fed again, or "all".
-        stop: end each forward pass after the last site; the model's call gives None.
+        stop: end each forward pass after the last site; the model's call gives None, if that left anything out.
         columns: what to keep beside each row: tensors [B], or [B, S] per token.
 
     mask, index and columns belong to one forward pass or generation: set those of a further one with `next`.
@@ -147,7 +140,7 @@ class _Recorder:
         phase: Phase,
         stop: bool,
     ) -> None:
-        if phase not in ("prompt", "new", "all"):
+        if not isinstance(phase, str) or phase not in ("prompt", "new", "all"):
             raise SiteError(f"phase is 'prompt', 'new' or 'all', got {phase!r}.")
         self.model = model
         self.roots = [model]  # a wrapper's own methods may call what it wraps
@@ -162,6 +155,8 @@ class _Recorder:
         self.into = into
         if into is not None and not isinstance(into, ActivationCache) and not hasattr(into, "_need_deferred"):
             raise TypeError(f"into is an ActivationCache or a DistributedCache, got {type(into).__name__}.")
+        if not isinstance(stop, bool):
+            raise SiteError(f"stop is True or False, got {stop!r}.")
         self.phase, self.stop = phase, stop
         self.selectors = {id(target): as_selector(target.site.tokens, target.where) for target in targets}
         self.strategies = {id(target): self._strategies(target) for target in targets}
@@ -170,11 +165,9 @@ class _Recorder:
         self.expected = {id(target): target for target in everything if not target.site.optional}
         if stop:
             check_stop(model, [target.where for target in everything if target.site.optional])
-        self.by_token_id = any(
-            getattr(strategy, "by", None) == "token_id"
-            for found in self.strategies.values()
-            for strategy in found.values()
-        )
+        asked = [getattr(strategy, "by", None) for found in self.strategies.values() for strategy in found.values()]
+        asked += [stat.column for target in attention for stat in target.stats]
+        self.by_token_id = "token_id" in asked
         self.given = Given(token_id=self.by_token_id)
         self.used = False  # whether a contribution has used up what was given
         self.indexed: bool | None = None  # whether contributions have come with an index
@@ -185,14 +178,16 @@ class _Recorder:
         self.step = 0
         self.generating = False
         self.went_on = False  # whether any text was
-        self.slabs: list[Slab] = []
-        self.shown: list[Shown] = []
-        self.seen_ever: set[int] = set()
+        self.staged = Staged()
+        self.seen_in: dict[int, Stream] = {}  # by the id of a target: where it has reported
         # Of the pass that is under way:
         self.inside: nn.Module | None = None  # the root that was called
-        self.running: list[tuple[str, Batch]] = []
-        self.latest: tuple[str, Batch] | None = None
+        self.held: int | None = None  # tokens in the cache that it was given
+        self.running: list[tuple[Stream, Batch | SiteError]] = []
+        self.latest: tuple[Stream, Batch | SiteError] | None = None
+        self.ran: list[Stream] = []
         self.seen: set[int] = set()
+        self.stopped = False  # before it began
         self.offload = Offload()
         self._check_room(None)
 
@@ -200,8 +195,11 @@ class _Recorder:
         taken = sorted(columns.keys() & {"sample", "position", "step"})
         if taken:
             raise SiteError(f"columns {taken} are every row's own already: give yours other names.")
-        if isinstance(mask, Mapping) and (unknown := sorted(mask.keys() - {stream.name for stream in self.streams})):
-            names = [stream.name or "''" for stream in self.streams]
+        options = sorted(columns.keys() & {"into", "phase", "stop"})
+        if options:
+            raise SiteError(f"{options} are options of record(), which hold for the whole block, and no columns.")
+        names = [stream.name for stream in self.streams if stream.of != "two"]
+        if isinstance(mask, Mapping) and (unknown := sorted(mask.keys() - set(names))):
             raise SiteError(
                 f"mask has entries for {unknown}, where the model has {names}: give a mask for each of these."
             )
@@ -227,24 +225,34 @@ class _Recorder:
                     handle = target.module.register_forward_hook(self._after(target))
                 stack.callback(handle.remove)
             if self.attention:
-                modules = [target.module for targets in self.attention.values() for target in targets[:1]]
-                stack.enter_context(tap_attention(modules, self._attend, lambda: self.step <= 0))
+                everyone = list(itertools.chain.from_iterable(self.attention.values()))
+                for tap, by_function in ((tap_attention, False), (tap_functions, True)):
+                    modules = {id(t.module): t.module for t in everyone if t.by_function == by_function}
+                    attend = functools.partial(self._attend, by_function=by_function)
+                    if modules:
+                        stack.enter_context(tap(modules.values(), attend, lambda: self.step <= 0))
             for stream in parts:
                 stack.callback(stream.module.register_forward_hook(self._after_stream(stream)).remove)
             for root in self.roots:
                 stack.callback(root.register_forward_hook(self._close).remove)
-            if self.stop:
-                stack.enter_context(replaced(self.model, "forward", self._stopping))
+                stack.callback(root.register_forward_hook(self._leave, always_call=True).remove)
+                if self.stop:
+                    stack.enter_context(replaced(root, "forward", functools.partial(self._stopping, root)))
             if hasattr(self.model, "generate"):
                 stack.enter_context(replaced(self.model, "generate", self._generate))
             yield
 
-    def _stopping(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _stopping(self, root: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def stopping(*args: Any, **kwargs: Any) -> Any:
+            if self.stopped:
+                self.stopped = False
+                return None
             try:
                 return forward(*args, **kwargs)
             except _Stop:
+                if self.inside is not root:  # what wraps it was called, and ends
+                    raise
                 return None
 
         return stopping
@@ -266,8 +274,8 @@ class _Recorder:
             )
         self.given = dataclasses.replace(given, first=self._sink()._num_samples)
         self.samples, self.counted, self.step = None, False, 0
-        self.slabs, self.shown, self.seen_ever = [], [], set()
-        self.past = {stream.name: dataclasses.replace(past) for stream in self.streams if not stream.patches}
+        self.staged, self.seen_in = Staged(), {}
+        self.past = {stream.name: dataclasses.replace(past) for stream in self.streams if stream.goes_on}
 
     def _generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """`model.generate` as one contribution."""
@@ -282,20 +290,18 @@ class _Recorder:
             self._check_goes_on()
             self._begin(past)
             self.generating, self.step, self.inside = True, -1, None
-            self.running, self.latest, self.seen = [], None, set()
+            self._begin_pass()
             try:
                 result = generate(*args, **kwargs)
-                self.shown = in_order(self.shown)
                 self._fold()
             finally:
-                self.generating = False
-                self.slabs, self.shown = [], []
+                self.generating, self.staged = False, Staged()
             return result
 
         return generating
 
     def _check_goes_on(self) -> None:
-        """`SiteError` for sites that mean nothing of tokens that come one by one."""
+        """`SiteError` for sites and columns that mean nothing of tokens that come one by one."""
         self.went_on = True
         if self.phase == "prompt":
             return
@@ -305,6 +311,12 @@ class _Recorder:
                     f"site {target.where}: tokens={target.site.tokens!r} of texts that are being generated isn't known "
                     "before their end: take tokens='all', or the prompt's alone, record(…, phase='prompt')."
                 )
+        for name, column in self.given.columns.items():
+            if getattr(column, "ndim", 1) > 1:
+                raise SiteError(
+                    f"column {name!r} is per token, {tuple(column.shape)}, and has no entries for tokens that are "
+                    "generated: give it per sample, or take the prompt's alone, record(…, phase='prompt')."
+                )
         if self.attention:
             (averaged, *_), *_ = self.attention.values()
             raise SiteError(
@@ -313,29 +325,34 @@ class _Recorder:
             )
 
     def check_phase(self) -> None:
-        """At the block's end: `SiteError` if what was asked for can't have come."""
-        if self.phase == "new" and not self.went_on:
+        """At the block's end: `SiteError` if what was asked for can't have come. A rank may have had nothing to run."""
+        if self.phase == "new" and self.samples is not None and not self.went_on:
             raise SiteError("phase='new' is of generated tokens, and nothing was generated in the block.")
 
     def _fold(self) -> None:
         """Count what the contribution has shown since the last time."""
-        if self.samples is None or not (self.slabs or self.shown or self.step == 0):
+        if self.samples is None or not (self.staged or self.step == 0):
             return
         self.offload.wait()
         indexed = self.samples if self.given.index is not None and not self.counted else None
         num_samples = 0 if self.counted else len(self.samples)
         with torch.inference_mode(False), torch.no_grad():
-            self._sink()._take_pass(self.slabs, self.shown, self.order, num_samples, indexed, raw=self.into is None)
-        self.slabs, self.shown, self.used, self.counted = [], [], True, True
+            slabs, shown = self.staged.slabs, self.staged.in_order()
+            self._sink()._take_pass(slabs, shown, self.order, num_samples, indexed, raw=self.into is None)
+        self.staged, self.used, self.counted = Staged(), True, True
         self.indexed = self.given.index is not None
 
     # -- one pass ----------------------------------------------------------------------------------------------
+
+    def _begin_pass(self) -> None:
+        self.running, self.latest, self.ran, self.seen, self.stopped = [], None, [], set(), False
 
     def _open(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if recomputing() or self.inside not in (None, root):
             return
         self.inside = None
-        goes_on = not self.generating and holds_tokens(bound_arguments(root, args, kwargs))
+        self.held = tokens_held(bound_arguments(root, args, kwargs))
+        goes_on = not self.generating and bool(self.held)
         if goes_on:
             if self.samples is None:
                 raise SiteError(
@@ -343,30 +360,37 @@ class _Recorder:
                     "aren't known: record the prompt's pass too, with phase='new' if it isn't wanted."
                 )
             self._check_goes_on()
-            self.slabs, self.shown = [], []
+            self.staged = Staged()
         elif not self.generating:
-            self._begin(Generation(token_ids_of(getattr(self.model, "generation_config", None), "eos_token_id")))
+            ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+            self._begin(Generation(token_ids_of(ends)))
         if goes_on or self.generating:
             self.step += 1
         if not (self.generating and self.step == 0):  # an encoder runs before the first pass of a generation
-            self.running, self.latest, self.seen = [], None, set()
-        if self.streams[0].module is self.model:
-            self._enter(self.streams[0], root, args, kwargs)
+            self._begin_pass()
+        self._enter(self.streams[0], root, args, kwargs)
         self.inside = root
 
     def _enter(self, stream: Stream, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A stream begins: `module`, which is its own or a wrapper of it, was called so."""
-        past = None if stream.name == "encoder" else self.past.get(stream.name)  # an encoder sees whole texts
-        with torch.inference_mode(False):  # or columns could not be written to later
-            batch = open_batch(dataclasses.replace(stream, module=module), args, kwargs, self.given, past, self.samples)
-        self.samples = batch.samples
-        self.running.append((stream.name, batch))
+        self.ran.append(stream)
+        if stream.of == "two":  # its texts are those of the part that runs, or ran
+            self.running.append((stream, SiteError("an encoder-decoder has no texts before one of its parts runs.")))
+            return
+        past, asked = self.past.get(stream.name), dataclasses.replace(stream, module=module)
+        batch: Batch | SiteError
+        try:
+            with torch.inference_mode(False):  # or columns could not be written to later
+                batch = open_batch(asked, args, kwargs, self.given, past, self.samples, self.held)
+            self.samples = batch.samples
+        except SiteError as error:
+            if stream is self.streams[0]:
+                raise
+            batch = error  # which nobody needs to hear who has no site there
+        self.running.append((stream, batch))
         self.latest = self.running[-1]
-        if self.attention and stream.name in ("", "encoder", "decoder") and not batch.patches:
-            if batch.num_tokens is None:
-                raise SiteError("attention sites need token ids [B, S] or embeddings [B, S, D] as the model's input.")
-            if self.step <= 0:
-                self._check_room(max((stop - start for start, stop in batch.spans), default=0))
+        if self.attention and isinstance(batch, Batch) and batch.num_tokens is not None and self.step <= 0:
+            self._check_room(batch.longest)
 
     def _before_stream(self, stream: Stream) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -377,7 +401,7 @@ class _Recorder:
 
     def _after_stream(self, stream: Stream) -> Callable[..., None]:
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not recomputing() and self.running and self.running[-1][0] == stream.name:
+            if not recomputing() and self.running and self.running[-1][0] is stream:
                 self.running.pop()
 
         return after
@@ -400,118 +424,75 @@ class _Recorder:
         batch = self._current(target)
         if batch is None:
             return
-        x = _first_tensor(shown, target.where).detach()
+        x = first_tensor(shown, target.where).detach()
         with apart(x.device):
-            x_n, columns = self._rows(target, batch, x if target.part is None else target.part.of(x))
-            if target.site.transform is not None:
-                x_n = _transformed(target, x_n, columns)
-            if target.per_head:
-                if x_n.dim() < 2 or x_n.shape[-1] % len(target.keys):
-                    raise SiteError(
-                        f"site {target.where}: expected {len(target.keys)} heads side by side in the last dim, got "
-                        f"rows of {tuple(x_n.shape[1:])}."
-                    )
-                x_n = x_n.unflatten(-1, (len(target.keys), -1))
+            x_n, columns = rows_of(target, self.selectors[id(target)], batch, x)
             kept: Tensor | None = None
             for suffix, strategy in self.strategies[id(target)].items():
                 keys = target.suffixed(suffix)
                 if isinstance(strategy, Fieldwise):
-                    self._add(_reduced(target, keys, strategy, Value(x_n, rows=True, columns=columns)))
+                    self.staged.fold(reduced(target, keys, strategy, Value(x_n, rows=True, columns=columns)))
                     continue
-                kept = self._own(x_n, x, target.site) if kept is None else kept
+                kept = own(x_n, x, target.site, self.offload) if kept is None else kept
                 for k, key in enumerate(keys):
                     part = kept[:, k] if target.per_head else kept
-                    self.shown.append(Shown(key, Value(part, rows=True, columns=columns), strategy))
-        self._stop_here()
+                    self.staged.keep(Shown(key, Value(part, rows=True, columns=columns), strategy))
+        self._stop_here(target)
 
-    def _add(self, slab: Slab) -> None:
-        """Stage a state; of a generation, whose passes are many, those of one key together."""
-        if self.generating and self.step > 0:
-            place = next((i for i in reversed(range(len(self.slabs))) if self.slabs[i].keys == slab.keys), None)
-            if place is not None and (joined := _joined(self.slabs[place], slab)) is not None:
-                self.slabs[place] = joined
-                return
-        self.slabs.append(slab)
-
-    def _rows(self, target: Target, batch: Batch, x: Tensor) -> tuple[Tensor, Columns]:
-        """The rows of a site's value that count, [n, …], and what is known of them."""
-        layout = target.layout or target.site.layout
-        if layout == "SBD" and x.dim() > 1:
-            x = x.transpose(0, 1)
-        elif layout == "ND" and batch.num_tokens is not None:
-            x = batch.unpacked(x, target.where)
-        if batch.num_tokens is None and (batch.patches or layout) and x.dim() > 2 and len(x) == batch.num_samples:
-            batch = batch.with_tokens(x.shape[1])
-        leading = (batch.num_samples, batch.num_tokens)
-        if batch.num_tokens is not None and x.dim() > 2 and tuple(x.shape[:2]) == leading:
-            selection = batch.select(self.selectors[id(target)])
-            return selection.rows(x), selection.columns
-        if x.dim() > 0 and len(x) == batch.num_samples and (batch.num_tokens is None or x.dim() == 2):
-            return x, batch.per_sample
-        raise SiteError(
-            f"site {target.where}: expected a value [B, S, …] = {leading}, or one row a sample, "
-            f"[{batch.num_samples}, …], got {tuple(x.shape)}. Hook a module that keeps samples (and tokens) apart, or "
-            "name its order: Site(…, layout='SBD'), or 'ND' for rows of tokens."
-        )
-
-    def _own(self, x_n: Tensor, shown: Tensor, site: Site) -> Tensor:
-        """A tensor that the model won't write to: converted, moved or copied, at most once."""
-        device = x_n.device if site.device is None else torch.device(site.device)
-        kept = x_n.to(site.dtype or x_n.dtype)
-        if x_n.is_cuda and device.type == "cpu":
-            if _shares(kept, shown):
-                kept = kept.clone()  # on the GPU, in the stream that will write to it
-            return self.offload.copy(kept)
-        kept = kept.to(device)
-        return kept.clone(memory_format=torch.contiguous_format) if _shares(kept, shown) else kept
-
-    def _attend(self, call: AttentionCall) -> None:
+    def _attend(self, call: AttentionCall, by_function: bool) -> None:
         for target in self.attention[id(call.module)]:
-            batch = self._current(target)
+            batch = self._current(target) if target.by_function == by_function else None
             if batch is None:
                 continue
-            if batch.patches:
-                batch = batch.with_tokens(call.query_bhqd.shape[2])
+            if batch.num_tokens is None:
+                batch = batch.with_tokens(call.query_bhqd.shape[2], target.where)
+            of_call = (call.query_bhqd.shape[0], call.query_bhqd.shape[2])
+            if of_call != (batch.num_samples, batch.num_tokens):
+                raise SiteError(
+                    f"site {target.where}: its attention is over {of_call} samples and tokens, where the batch has "
+                    f"{(batch.num_samples, batch.num_tokens)}: which are whose isn't known."
+                )
             with apart(call.query_bhqd.device):
-                if target.strategy is None:
-                    patterns = [pattern(call, batch.spans, b) for b in range(batch.num_samples)]
-                    for k, key in enumerate(target.keys):
-                        one_each = [pattern_hll[k] for pattern_hll in patterns]
-                        self.shown.append(Shown(key, Value(one_each, columns=batch.per_sample), Extend()))
-                    continue
-                lengths = torch.tensor([stop - start for start, stop in batch.spans])
-                size = max(lengths.tolist(), default=0)
-                total_hss = pattern_sum(call, batch.spans, size)
-                count_s1 = (lengths[:, None] > torch.arange(size)).sum(0)[:, None].to(total_hss.device)
-                state = {"total": total_hss, "count": count_s1.expand(len(target.keys), size, 1)}
-                result = target.strategy.result_dtype(call.query_bhqd.dtype)
-                self.slabs.append(Slab(target.keys, target.strategy, state, result))
-        self._stop_here()
+                for found in shown_patterns(target, call, batch):
+                    if isinstance(found, Slab):
+                        self.staged.fold(found)
+                    else:
+                        self.staged.keep(found)
+            self._stop_here(target)
 
     def _current(self, target: Target | AttentionTarget) -> Batch | None:
         """The batch of the stream that a site reports in, noting that it has; None where it isn't asked."""
-        if self.latest is None or (self.inside is None and not self.generating):
+        if (self.inside is None and not self.generating) or not (self.running or self.latest):
             raise SiteError(
                 f"site {target.where} ran outside of a forward pass of the model given to record() "
                 f"({type(self.model).__name__}): call that model, not a part of it."
             )
-        stream, batch = self.running[-1] if self.running else self.latest
-        if isinstance(target, Target) and target.stream not in (None, stream):
+        stream, batch = self.running[-1] if self.running else self.latest  # type: ignore[misc]
+        if stream.of == "two" and self.latest is not None:
+            stream, batch = self.latest
+        if isinstance(target, Target) and target.stream not in (None, stream.name):
             return None
+        if isinstance(batch, SiteError):
+            raise SiteError(f"site {target.where}: {batch}") from batch
         if id(target) in self.seen:
             raise SiteError(
                 f"site {target.where} ran twice in one forward pass, so its samples would count twice. Hook a module "
                 "that runs once, such as the one around it."
             )
         self.seen.add(id(target))
-        if self.phase != "all" and (self.phase == "prompt") != (self.step <= 0):
+        is_new = batch.before_b is not None
+        again = self.step > 0 and not is_new and id(target) in self.seen_in  # an encoder, in a later pass of a text
+        if again or self.phase == ("prompt" if is_new else "new"):
             return None
-        self.seen_ever.add(id(target))
+        self.seen_in[id(target)] = stream
         return batch
 
-    def _stop_here(self) -> None:
-        if self.stop and self.seen >= self.expected.keys():
+    def _stop_here(self, target: Target | AttentionTarget) -> None:
+        if not self.stop or not self.seen >= self.expected.keys():
+            return
+        if target.module is not self.inside:
             raise _Stop
+        self.stopped = True  # at its begin, which isn't in its forward yet; at its end nothing is left to leave out
 
     def _close(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if recomputing() or self.inside is not root:
@@ -521,18 +502,29 @@ class _Recorder:
         if not self.generating:
             self._fold()
 
+    def _leave(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The root has returned, or raised: what runs now is no part of a pass."""
+        if self.inside is root:
+            self.inside = None
+
     def _check_silent(self) -> None:
-        """`SiteError` for a site that reported nothing; what a later pass of a text leaves out, an encoder, may be."""
-        seen = self.seen_ever if self.step > 0 and self.phase != "new" else self.seen
-        silent = [target.where for key, target in self.expected.items() if key not in seen]
+        """`SiteError` for a site that reported nothing, in streams that have run."""
+        silent = [t.where for key, t in self.expected.items() if key not in self.seen and self._must_report(t)]
         if not silent:
             return
         shown = ", ".join(silent[:6]) + (f" and {len(silent) - 6} more" if len(silent) > 6 else "")
         raise SiteError(
             f"{len(silent)} of {len(self.expected)} sites reported nothing in this forward pass: {shown}. "
-            "The model did not run these modules (or their attention isn't one that transformers hands out); give "
-            "Site(…, optional=True) to those that may be left out."
+            "The model did not run these modules (or their attention isn't one that transformers hands out, or another "
+            "block's stop=True ended the pass); give Site(…, optional=True) to those that may be left out."
         )
+
+    def _must_report(self, target: Target | AttentionTarget) -> bool:
+        """Whether a site runs in this pass: later ones of a text may leave out an encoder, or a vision tower."""
+        stream = self.seen_in.get(id(target))
+        if self.step <= 0 or stream is None:
+            return True
+        return isinstance(target, Target) and (stream.goes_on or stream in self.ran)
 
     def _sink(self) -> ActivationCache:
         if self.into is None:
@@ -562,119 +554,17 @@ class _Recorder:
 
         None: before any pass, when only the sums of a fixed size are known. `SiteError` for texts beyond that size.
         """
-        held = self._sink()._arena
-        averaged = [
-            (target, target.strategy)
-            for target in itertools.chain.from_iterable(self.attention.values())
-            if target.strategy is not None and (longest is not None or target.strategy.size is not None)
-        ]
-        size = longest or 0
-        need: dict[torch.device, int] = {}
-        for target, strategy in averaged:
-            try:
-                total, count = capacity(strategy, "total", (size, size)), capacity(strategy, "count", (size, 1))
-            except SchemaMismatch as error:
-                raise SiteError(f"site {target.where}: {error} Cut the texts, or give a larger size.") from error
-            grown = math.prod(total) * (strategy.accumulate or torch.float64).itemsize + math.prod(count) * 8
-            if target.keys[0] in held and fits(total, held.capacities(target.keys[0])["total"]):
-                grown = 0
-            staged = size * size * 4  # the pass's own sums in float32, until it returns
+        held, need = self._sink()._arena, dict[torch.device, int]()
+        asked = list(itertools.chain.from_iterable(self.attention.values()))
+        for target in asked:
             device = device_of(target.module)
-            need[device] = need.get(device, 0) + len(target.keys) * (grown + staged)
+            need[device] = need.get(device, 0) + room_nbytes(target, held, longest)
         for device, nbytes in need.items():
             free = available_bytes(device)
             if nbytes > free:
-                layers, heads = len(averaged), len(averaged[0][0].keys)
                 raise TooLarge(
-                    f"averaged attention of {layers} layers × {heads} heads needs {human(nbytes)} more on {device}, "
-                    f"{human(free)} are free. Take fewer layers (Site('avg_attn_pattern', layers=[…])), shorter texts, "
-                    "or AveragePattern(accumulate=torch.float32)."
+                    f"averaged attention of {len(asked)} layers × {asked[0].num_heads} heads needs {human(nbytes)} "
+                    f"more on {device}, {human(free)} are free. Take fewer layers or heads, "
+                    "Site('avg_attn_pattern', layers=[…], heads=[…]), shorter texts, statistics, 'attn_stats', or "
+                    "AveragePattern(accumulate=torch.float32)."
                 )
-
-
-def _first_tensor(shown: Any, where: str) -> Tensor:
-    """The first tensor with dims of what a module was given or returned (a loss comes first, and has none)."""
-    items: Iterable[Any] = (shown,)
-    if isinstance(shown, Mapping):
-        items = shown.values()
-    elif isinstance(shown, (tuple, list)):
-        items = shown
-    for item in items:
-        if isinstance(item, Tensor) and item.dim():
-            return item
-    raise SiteError(
-        f"site {where}: expected a tensor with dims, or a tuple or dict of them, got {type(shown).__name__}."
-    )
-
-
-def _transformed(target: Target, x_n: Tensor, columns: Columns) -> Tensor:
-    """What the site's transform makes of its rows."""
-    assert target.site.transform is not None
-    num_rows, version = len(x_n), None if x_n.is_inference() else x_n._version
-    y_n = target.site.transform(x_n, columns)
-    if version is not None and x_n._version != version:
-        raise SiteError(
-            f"site {target.where}: transform wrote to its rows, which may be the model's own: make new ones."
-        )
-    if not isinstance(y_n, Tensor) or y_n.dim() == 0 or len(y_n) != num_rows:
-        got = tuple(y_n.shape) if isinstance(y_n, Tensor) else type(y_n).__name__
-        raise SiteError(f"site {target.where}: transform must keep its {num_rows} rows, got {got}.")
-    return y_n
-
-
-def _reduced(target: Target, keys: tuple[str, ...], strategy: Fieldwise, value: Value) -> Slab:
-    """The states of a site's rows, value.data [n, …] or, with heads, [n, K, …]."""
-    try:
-        if target.per_head:
-            state = strategy.take_slab(value)
-        else:
-            state = {name: tensor.unsqueeze(0) for name, tensor in strategy.take(value).items()}
-    except (TypeError, ValueError) as error:
-        raise SiteError(f"site {target.where}: {error}") from error
-    return Slab(keys, strategy, state, strategy.result_dtype(value.data.dtype))
-
-
-def _shares(x: Tensor, shown: Tensor) -> bool:
-    return x.untyped_storage().data_ptr() == shown.untyped_storage().data_ptr()
-
-
-# -- generation ------------------------------------------------------------------------------------------------
-
-
-def in_order(shown: Sequence[Shown]) -> list[Shown]:
-    """What the passes of a generation have shown, by key: rows by sample, then by position, as one value."""
-    by_key: dict[str, list[Shown]] = {}
-    for one in shown:
-        by_key.setdefault(one.key, []).append(one)
-    orders: dict[tuple[int, ...], tuple[Tensor, Columns]] = {}
-    found = []
-    for key, parts in by_key.items():
-        columns = [part.value.columns for part in parts if part.value.columns is not None]
-        if len(parts) == 1 or not parts[0].value.rows or len(columns) < len(parts):
-            found.extend(parts)
-            continue
-        identity = tuple(map(id, columns))
-        if identity not in orders:
-            names = [name for name in columns[0].by_name if all(name in one.by_name for one in columns)]
-            by_name = {name: torch.cat([one.by_name[name] for one in columns]) for name in names}
-            order = by_name["sample"].argsort(stable=True)
-            ordered = Columns({name: column[order] for name, column in by_name.items()}, columns[0].indexed)
-            orders[identity] = (order, ordered)
-        order, ordered = orders[identity]
-        data = torch.cat([part.value.data for part in parts])[order.to(parts[0].value.data.device)]
-        found.append(Shown(key, Value(data, rows=True, columns=ordered), parts[0].strategy))
-    return found
-
-
-def _joined(before: Slab, slab: Slab) -> Slab | None:
-    """Two states of the same keys as one; None where their shapes differ, or the cells of groups that they bring."""
-    shapes = [{name: tensor.shape for name, tensor in one.state.items()} for one in (before, slab)]
-    if shapes[0] != shapes[1] or before.result != slab.result:
-        return None
-    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in before.state.items()}
-    more = dict(slab.state)
-    cells = {"cells": state.pop("cells")} if "cells" in state else {}
-    if cells and not torch.equal(cells["cells"], more.pop("cells")):
-        return None
-    slab.strategy.fold_(state, more)
-    return dataclasses.replace(before, state={**state, **cells})

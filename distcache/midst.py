@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -93,17 +94,26 @@ def check_stop(model: nn.Module, optional: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def replaced(model: nn.Module, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """A method of this one object wrapped; what the object had of its own comes back."""
-    own = vars(model)
-    before = own.get(name)
-    own[name] = wrap(getattr(model, name))
+    """A method of this one object wrapped; what the object had of its own comes back. Blocks may end in any order."""
+    own, plain = vars(model), getattr(model, name)
+    wrapper = wrap(plain)
+
+    @functools.wraps(plain)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return (plain if known["ended"] else wrapper)(*args, **kwargs)
+
+    known = {"ended": False, "before": own.get(name)}
+    vars(method)["_replaced"] = known
+    own[name] = method
     try:
         yield
     finally:
-        if before is None:
-            own.pop(name, None)
-        else:
-            own[name] = before
+        known["ended"] = True
+        while (outermost := getattr(own.get(name), "_replaced", {})).get("ended"):  # and what ended before, beneath it
+            if outermost["before"] is None:
+                del own[name]
+            else:
+                own[name] = outermost["before"]
 
 
 @contextlib.contextmanager

@@ -6,21 +6,23 @@ import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from distcache.attention import Statistic, as_statistics
 from distcache.errors import SiteError
 from distcache.families import Family, Part, family_of, find_families, module_paths
-from distcache.strategies import AveragePattern, Columns, Fieldwise, Strategy, as_strategy, describe
+from distcache.strategies import AveragePattern, Columns, Fieldwise, Grouped, Mean, Strategy, as_strategy, describe
 from distcache.tokens import Tokens, as_selector
 
 Layout = Literal["BSD", "SBD", "ND"]
-Classes = type[nn.Module] | tuple[type[nn.Module], ...]
+OneClass = type[nn.Module]
+Classes = OneClass | tuple[OneClass, ...]
 Reduce = Strategy | str | Callable[[list[Tensor]], Tensor]
 
-ATTENTION_SITES = ("avg_attn_pattern", "pattern")
+ATTENTION_SITES = ("avg_attn_pattern", "pattern", "attn_stats")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Site:
         io: which side of the module, for paths; named sites know theirs.
         tokens: "all": every valid token is a row; "last": the last valid one; "mean": one row a sample, in float32 at
             least; a slice, a number or a list of numbers counts valid tokens, and a sample that is too short has no
-            such row. Rows come in the order of samples and tokens, each once. Values without a token dim, [B, …],
+            such row. Rows come in the order of samples and tokens, each once. Values without a token dim, [B, D],
             give one row a sample.
         reduce: a strategy for the rows, or a dict of suffix to strategy, which gives several keys from one hook
             (`{key}_{suffix}`; the suffix "" is the key itself); None leaves it to the cache.
@@ -41,9 +43,13 @@ class Site:
         transform: `transform(x_n, columns)` on the selected rows [n, …]; keeps their number and writes to none, because
             they may be the model's own.
         layout: the order of the value's dims, where it isn't the usual [B, S, …]: "SBD" for tokens first, "ND" for rows
-            of tokens, [B·S, …] or the valid ones alone; "BSD" for tokens along dim 1 where the model's input has none.
+            of tokens, [B·S, …] or the valid ones alone; "BSD" for tokens along dim 1 where the model's input has none,
+            as sounds have.
         optional: whether the site may report nothing in a pass, as routed experts do.
         key: the key's name, with `{layer}` where the path has it (and `{head}` for heads), or `{path}` for the path.
+        heads: of an attention site: only these query heads; None for all.
+        stats: of "attn_stats": what is asked of patterns, by name ("entropy", "first", "previous", "self", "duplicate",
+            "induction", "distance", "pooled") or a `Statistic` (`dc.Distance`, `dc.Pooled`, `dc.ByClass`).
         type: every module of this class, or of these, below the path if there is one; keys are their paths, if `key`
             says nothing else.
 
@@ -62,6 +68,8 @@ class Site:
     optional: bool = False
     key: str | None = None
     type: Classes | None = None
+    heads: Sequence[int] | None = None
+    stats: Sequence[str | Statistic] = ()
 
     def __post_init__(self) -> None:
         if self.name_or_path is None and self.type is None:
@@ -72,6 +80,14 @@ class Site:
             raise SiteError(f"site {self.name_or_path!r}: layers is a list of numbers or None, got {self.layers!r}.")
         if self.layout not in (None, "BSD", "SBD", "ND"):
             raise SiteError(f"site {self.name_or_path!r}: layout is 'BSD', 'SBD' or 'ND', got {self.layout!r}.")
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise SiteError(f"site {self.name_or_path!r}: dtype is one of torch's, got {self.dtype!r}.")
+        try:
+            torch.device("cpu" if self.device is None else self.device)
+        except (RuntimeError, TypeError) as error:
+            raise SiteError(f"site {self.name_or_path!r}: device is 'cpu', 'cuda', …, got {self.device!r}.") from error
+        if self.type is not None:
+            self.classes()
         as_selector(self.tokens, self.named)
         self.strategies()
 
@@ -79,6 +95,13 @@ class Site:
     def named(self) -> str:
         """The name or the path; "" for the model itself, or everywhere."""
         return self.name_or_path or ""
+
+    def classes(self) -> tuple[OneClass, ...]:
+        """Those of `type`. `SiteError` for what is no class of modules."""
+        classes = self.type if isinstance(self.type, tuple) else (self.type,)
+        if not classes or not all(isinstance(found, type) and issubclass(found, nn.Module) for found in classes):
+            raise SiteError(f"a site's type is a class of modules, or a tuple of them, got {self.type!r}.")
+        return classes  # type: ignore[return-value]
 
     def strategies(self) -> dict[str, Strategy | None]:
         """Suffix -> strategy; None where the cache that rows go into decides."""
@@ -133,13 +156,30 @@ class Target:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionTarget:
-    """An attention site at one module: with a strategy the average over samples, else each sample's pattern."""
+    """An attention site at one module: averages of patterns, statistics of them, or without a strategy each sample's.
+
+    `keys`: of each head; or `whole`, one for all heads; or of each of `stats`. `heads`: None for all,
+    `family_heads` in number. `by_function`:
+    reached where it calls torch's own function, not through transformers.
+    """
 
     site: Site
     module: nn.Module
     keys: tuple[str, ...]
     where: str
-    strategy: AveragePattern | None
+    strategy: Strategy | None
+    heads: tuple[int, ...] | None = None
+    whole: bool = False
+    stats: tuple[Statistic, ...] = ()
+    family_heads: int | None = None
+    by_function: bool = False
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads it is of; of a module of torch's or a user's own what it says of itself, else 1."""
+        if self.heads is not None:
+            return len(self.heads)
+        return int(getattr(self.module, "num_heads", 1)) if self.family_heads is None else self.family_heads
 
     def all_keys(self) -> Iterator[str]:
         return iter(self.keys)
@@ -155,10 +195,13 @@ def resolve_sites(model: nn.Module, sites: Sites) -> tuple[list[Target], list[At
     attention: list[AttentionTarget] = []
     for site in _as_sites(sites):
         if site.type is not None:
-            targets.extend(_typed_targets(paths, site, site.type))
+            targets.extend(_typed_targets(paths, site))
             continue
         if not site.named.isidentifier() or site.named in paths:
-            targets.extend(_path_targets(paths, site))
+            if isinstance(site.reduce, AveragePattern):
+                attention.extend(_function_targets(paths, site))
+            else:
+                targets.extend(_path_targets(paths, site))
             continue
         families = find_families(model) if families is None else families
         family = family_of(model, families, site.named)
@@ -208,31 +251,76 @@ def _named_targets(family: Family, site: Site) -> list[Target]:
 
 
 def _attention_targets(family: Family, site: Site) -> list[AttentionTarget]:
-    name = site.named
+    name, kind = site.named, family.plain(site.named)
     family.check(name)
-    template = site.key or f"{name}_L{{layer}}H{{head}}"
-    _check_template(site, template, {"layer", "head"})
-    if site != Site(name, reduce=site.reduce, layers=site.layers, optional=site.optional, key=site.key):
-        raise SiteError(
-            f"site {name!r} is of whole patterns: only reduce, layers, optional and key mean something to it."
-        )
-    strategy: AveragePattern | None = None
-    if family.plain(name) == "avg_attn_pattern":
-        given = AveragePattern() if site.reduce is None else site.strategies().get("")
-        if not isinstance(given, AveragePattern):
-            raise SiteError(
-                f"site {name!r} brings its own state, the sum of patterns and the number of samples that have each "
-                "query: leave out reduce=, or give AveragePattern(size=…) to fix the extent."
-            )
-        strategy = given
-    elif site.reduce is not None:
-        raise SiteError(f"site {name!r} keeps each sample's pattern: leave out reduce=, or take 'avg_attn_pattern'.")
+    stats = as_statistics(site.stats) if kind == "attn_stats" else ()
+    template = site.key or (f"{name}_{{stat}}_{{layer}}" if stats else f"{name}_L{{layer}}H{{head}}")
+    whole = kind == "avg_attn_pattern" and "head" not in _fields(site, template)
+    _check_template(site, template, {"layer", "stat"} if stats else {"layer"} if whole else {"layer", "head"})
+    known = ("reduce", "layers", "optional", "key", "heads", *(["stats"] if stats else []))
+    if site != Site(name, **{option: getattr(site, option) for option in known}):
+        raise SiteError(f"site {name!r} is of whole patterns: only {', '.join(known)} mean something to it.")
+    heads = _wanted_heads(site, family.num_heads)
     found = []
     for layer in _wanted_layers(site, range(family.num_layers)):
-        keys = tuple(template.format(layer=layer, head=head) for head in range(family.num_heads))
+        fields: list[dict[str, Any]]
+        fields = [{"stat": stat.name} for stat in stats] if stats else [{}] if whole else [{"head": h} for h in heads]
+        keys = tuple(template.format(layer=layer, **field) for field in fields)
         module = family.modules[family.path(family.layout.attention, layer)]
-        found.append(AttentionTarget(site, module, keys, f"{name!r} at layer {layer}", strategy))
+        strategy, some = _attention_strategy(site, kind), heads if site.heads is not None else None
+        where = f"{name!r} at layer {layer}"
+        found.append(AttentionTarget(site, module, keys, where, strategy, some, whole, stats, family.num_heads))
     return found
+
+
+def _attention_strategy(site: Site, kind: str) -> Strategy | None:
+    """What an attention site does with patterns; None: each sample's is kept. `SiteError`."""
+    given = None if site.reduce is None else site.strategies().get("")
+    if kind == "pattern":
+        if site.reduce is not None:
+            raise SiteError(
+                f"site {site.named!r} keeps each sample's pattern: leave out reduce=, or take 'avg_attn_pattern'."
+            )
+        return None
+    if kind == "attn_stats":
+        found = Mean() if site.reduce is None else given
+        inner = found.strategy if isinstance(found, Grouped) else found
+        if not isinstance(inner, Mean) or inner.ragged:
+            raise SiteError(
+                f"site {site.named!r} averages over queries, weighing each sample by how many it has: leave out "
+                "reduce=, or give Mean(accumulate=…) or Grouped(Mean(), …)."
+            )
+        return found
+    found = AveragePattern() if site.reduce is None else given
+    if not isinstance(found, AveragePattern):
+        raise SiteError(
+            f"site {site.named!r} brings its own state, the sum of patterns and the number of samples that have each "
+            "query: leave out reduce=, or give AveragePattern(size=…) to fix the extent."
+        )
+    return found
+
+
+def _wanted_heads(site: Site, num_heads: int) -> tuple[int, ...]:
+    if site.heads is None:
+        return tuple(range(num_heads))
+    missing = sorted(set(site.heads) - set(range(num_heads)))
+    if missing or not site.heads or len(set(site.heads)) < len(site.heads):
+        raise SiteError(
+            f"site {site.named!r}: heads={list(site.heads)}: expected some of 0..{num_heads - 1}, each once."
+        )
+    return tuple(site.heads)
+
+
+def _function_targets(paths: Mapping[str, tuple[str, nn.Module]], site: Site) -> list[AttentionTarget]:
+    """Modules of a path whose attention goes through torch's own function: `reduce` is an `AveragePattern`."""
+    known = ("name_or_path", "reduce", "layers", "optional", "key", "heads")
+    if site != Site(**{option: getattr(site, option) for option in known}):
+        raise SiteError(f"site {site.named!r} is of whole patterns: only {', '.join(known[1:])} mean something to it.")
+    strategy, heads = _attention_strategy(site, "avg_attn_pattern"), None if site.heads is None else tuple(site.heads)
+    return [
+        AttentionTarget(site, t.module, t.keys, t.where, strategy, heads, whole=True, by_function=True)
+        for t in _path_targets(paths, site)
+    ]
 
 
 def _path_targets(paths: Mapping[str, tuple[str, nn.Module]], site: Site) -> list[Target]:
@@ -273,14 +361,15 @@ def _path_targets(paths: Mapping[str, tuple[str, nn.Module]], site: Site) -> lis
     return found
 
 
-def _typed_targets(paths: Mapping[str, tuple[str, nn.Module]], site: Site, classes: Classes) -> list[Target]:
+def _typed_targets(paths: Mapping[str, tuple[str, nn.Module]], site: Site) -> list[Target]:
     """The modules of a class, each once, by its bare path."""
-    template, below = site.key or "{path}", site.named
+    template, below, classes = site.key or "{path}", site.named, site.classes()
+    of_type = f"site of type {' or '.join(found.__name__ for found in classes)}"
     _check_template(site, template, {"path"})
     if below and below not in paths:
-        raise SiteError(f"site {below!r}: no module of the model has that path, below which to look for {classes}.")
+        raise SiteError(f"{of_type}: no module of the model has the path {below!r}, below which to look for it.")
     if site.layers is not None:
-        raise SiteError(f"site of type {classes}: layers= goes with paths that have {{layer}}: leave it out.")
+        raise SiteError(f"{of_type}: layers= goes with paths that have {{layer}}: leave it out.")
     start = f"{paths[below][0]}." if below else ""
     found: dict[str, nn.Module] = {}
     for name, module in paths.values():
@@ -288,7 +377,10 @@ def _typed_targets(paths: Mapping[str, tuple[str, nn.Module]], site: Site, class
             found[name] = module
     if not found:
         kinds = sorted({type(module).__name__ for name, module in paths.values() if name.startswith(start)})
-        raise SiteError(f"site of type {classes}: no such module; the model has {', '.join(kinds[:12])}.")
+        where = f"below {below!r}" if below else "in the model"
+        raise SiteError(
+            f"{of_type}: there is none {where}, where modules are {', '.join(kinds[:12]) or 'none at all'}."
+        )
     return [
         Target(site, module, site.io, (template.format(path=name),), repr(name), strategies=site.strategies())
         for name, module in found.items()

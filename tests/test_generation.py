@@ -66,14 +66,22 @@ def expected(model, path, prompts, finished, end, phase):
     return torch.stack(rows), torch.tensor(columns).T
 
 
-@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+# How a model remembers; without a cache each pass is fed whole texts again.
+MEMORIES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("phase", ["all", "prompt", "new"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_rows_are_those_of_a_forward_pass_over_the_finished_texts(name, phase, implementation):
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])  # Gemma 3 sees no farther than 4 tokens in some layers
+def test_rows_are_those_of_a_forward_pass_over_the_finished_texts(name, phase, memory):
     model, end = model_that_ends(name)
-    path = "model.layers.1" if name == "llama" else "transformer.h.1"
+    path = "transformer.h.1" if name == "gpt2" else "model.layers.1"
     with dc.record(model, ["resid_out"], index=[7, 3, 5], phase=phase) as local:
-        finished = generate(model, PROMPTS, cache_implementation=implementation)
+        finished = generate(model, PROMPTS, **MEMORIES[memory])
     assert end in finished[0][len(PROMPTS[0]) : -1].tolist()  # one ends while others go on
     rows, (sample, position, token, step) = expected(model, path, PROMPTS, finished, end, phase)
     found = local.rows("resid_out_1")
@@ -105,6 +113,128 @@ def test_reductions_count_every_token_of_a_generation_once():
     moments = local["resid_out_1_moments"]
     assert int(moments["count"]) == len(rows)
     torch.testing.assert_close(moments["variance"], rows.double().var(0).float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("memory", ["dynamic", "no cache"])
+@pytest.mark.parametrize(("by", "size"), [("position", 12), ("step", 8), ("token_id", 64), ("sample", 3), ("label", 2)])
+def test_groups_of_a_generation_are_those_of_its_rows(by, size, memory):
+    """Whichever cells a pass brings: others, fewer, or those of the pass before."""
+    model, end = model_that_ends()
+    mean = dc.Grouped(dc.Mean(), size, by=by)
+    sites = [dc.Site("resid_out", reduce=mean), dc.Site("head_keys", reduce={"": "cat", "mean": mean})]
+    label = torch.tensor([0, 1, 0])
+    with dc.record(model, sites, index=[0, 1, 2], label=label) as local:
+        finished = generate(model, PROMPTS, **MEMORIES[memory])
+    rows, (sample, position, token, step) = expected(model, "model.layers.1", PROMPTS, finished, end, "all")
+    cells = {"position": position, "step": step, "token_id": token, "sample": sample, "label": label[sample]}[by]
+
+    def means(rows):
+        return torch.stack([rows[cells == cell].double().mean(0) for cell in range(size)]).float()
+
+    assert local.count("resid_out_1").flatten().tolist() == [int((cells == cell).sum()) for cell in range(size)]
+    torch.testing.assert_close(local["resid_out_1"], means(rows), rtol=1e-4, atol=1e-4, equal_nan=True)
+    keys = local["head_keys_L1H1"]
+    torch.testing.assert_close(local["head_keys_L1H1_mean"], means(keys), rtol=1e-4, atol=1e-4, equal_nan=True)
+    if by != "sample":  # cells of other rows are told apart
+        other = means(rows.roll(1, 0))
+        assert not torch.allclose(local["resid_out_1"], other, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_the_top_of_a_generation_is_that_of_its_rows():
+    model, end = model_that_ends()
+    with dc.record(model, [dc.Site("resid_out", reduce=dc.TopK(3))], index=[0, 1, 2]) as local:
+        finished = generate(model, PROMPTS)
+    rows, (sample, position, *_) = expected(model, "model.layers.1", PROMPTS, finished, end, "all")
+    top = rows.topk(3, 0)
+    found = local["resid_out_1"]
+    torch.testing.assert_close(found["values"], top.values, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found["sample"], sample[top.indices])
+    assert torch.equal(found["position"], position[top.indices])
+
+
+def test_a_module_that_flattens_its_tokens_shows_new_ones_as_what_they_are():
+    """[B · 1, D] could be one row a sample, without a step, of texts that have ended too."""
+    model, end = model_that_ends("mixtral")
+    flat = dc.Site("model.layers.{layer}.mlp.gate", key="flat_{layer}")
+    named = dc.Site("model.layers.{layer}.mlp.gate", key="named_{layer}", layout="ND")
+    with dc.record(model, [flat, named], phase="new") as local:
+        finished = generate(model, PROMPTS)
+    assert end in finished[0][len(PROMPTS[0]) : -1].tolist()
+    assert torch.equal(local["flat_1"], local["named_1"])
+    found, wanted = local.rows("flat_1"), local.rows("named_1")
+    assert {name: column.tolist() for name, column in found.items()} == {n: c.tolist() for n, c in wanted.items()}
+    assert int(found["position"].min()) >= 2 and "step" in found
+
+
+class AtLength(transformers.StoppingCriteria):
+    """Ends one text at a length; no end is fed for it, only padding for as long as others go on."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([False, input_ids.shape[1] >= 7, False])
+
+
+def test_padding_that_is_fed_after_a_text_was_ended_by_other_means_counts_nowhere():
+    model, _ = model_that_ends()
+    model.generation_config.eos_token_id = 1  # never comes
+    criteria = transformers.StoppingCriteriaList([AtLength()])
+    with dc.record(model, ["resid_out"], index=[0, 1, 2]) as local:
+        finished = generate(model, PROMPTS, stopping_criteria=criteria)
+    assert finished[1].tolist()[4:] == [0] * (NEW - 2)
+    texts_ = [finished[0], finished[1][:5], finished[2]]  # the last token of each is not fed, or padding
+    rows, (sample, position, *_) = expected(model, "model.layers.1", PROMPTS, texts_, -1, "all")
+    assert local.rows("resid_out_1")["sample"].tolist() == sample.tolist()
+    assert local.rows("resid_out_1")["position"].tolist() == position.tolist()
+    torch.testing.assert_close(local["resid_out_1"], rows, rtol=1e-4, atol=1e-4)
+
+
+def test_texts_end_as_the_models_own_configuration_says_where_the_given_one_is_silent():
+    model, _ = model_that_ends()
+    with dc.record(model, ["resid_out"], index=[0, 1, 2]) as local:
+        generate(model, PROMPTS)
+    config = transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False)
+    with dc.record(model, ["resid_out"], index=[0, 1, 2]) as given:
+        model.generate(**batch_of(PROMPTS), generation_config=config)
+    assert config.eos_token_id is None and torch.equal(given["resid_out_1"], local["resid_out_1"])
+
+
+def test_embeddings_have_no_ids_and_a_mask_is_not_taken_for_them():
+    model, _ = model_that_ends()
+    batch = batch_of(PROMPTS)
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach()
+    given = {"inputs_embeds": embedded, "attention_mask": batch["attention_mask"], "max_new_tokens": 3}
+    with dc.record(model, ["resid_out"], phase="new") as new:
+        ids = model.generate(**given, do_sample=False)
+    assert set(new.rows("resid_out_1")["token_id"].tolist()) <= set(ids[:, :2].flatten().tolist())
+    with dc.record(model, ["resid_out"]) as local:
+        model.generate(**given, do_sample=False)
+    assert "token_id" not in local.rows("resid_out_1")
+    by_token = dc.Site("resid_out", reduce=dc.Grouped(dc.Mean(), 64, by="token_id"))
+    refused = pytest.raises(dc.SiteError, match="goes by the column 'token_id', and these rows have the columns")
+    with dc.record(model, [by_token]), torch.no_grad(), refused:
+        model(inputs_embeds=embedded, attention_mask=batch["attention_mask"])
+
+
+def generate_my_share(rank, world_size, shares):
+    torch.set_num_threads(1)
+    model, _ = model_that_ends()
+    reduce = {"": "cat", "mean": "mean", "moments": "moments", "step": dc.Grouped(dc.Sum(), 8, by="step")}
+    cache = dc.DistributedCache(timeout_s=20)
+    with cache.deferred_mode(), dc.record(model, [dc.Site("resid_out", reduce=reduce)], cache) as rec:
+        for share in shares[rank]:
+            rec.next(index=share)
+            generate(model, [PROMPTS[i] for i in share])
+    return {key: cache[key] for key in cache}, cache.rows("resid_out_1"), cache.count("resid_out_1_step")
+
+
+def test_ranks_that_generate_say_what_one_rank_says(ranks):
+    ((one, one_rows, one_count),) = ranks.run(1, generate_my_share, [[[0, 1, 2]]])
+    for found, rows, count in ranks.run(3, generate_my_share, [[[2], [0]], [], [[1]]]):
+        assert {name: column.tolist() for name, column in rows.items()} == {n: c.tolist() for n, c in one_rows.items()}
+        assert torch.equal(count, one_count)
+        for key, value in one.items():
+            for name in value if isinstance(value, dict) else [None]:
+                x, y = (found[key], value) if name is None else (found[key][name], value[name])
+                torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)  # other padding, other last bits of the model
 
 
 def test_a_sample_that_is_generated_twice_counts_twice_only_by_mistake_and_raises():
@@ -170,6 +300,32 @@ def test_a_decoding_loop_of_ones_own_goes_on_with_its_texts():
     torch.testing.assert_close(local["resid_out_1"], rows, rtol=1e-4, atol=1e-4)
 
 
+def loop(model, *, crop=None, masks=lambda mask: mask, **given):
+    """A decoding loop of one's own; `crop`: drops a token of the cache; `masks`: what later passes are shown."""
+    batch = batch_of(PROMPTS)
+    with dc.record(model, ["resid_out"], phase="new", **given) as local, torch.no_grad():
+        mask, ids = batch["attention_mask"], batch["input_ids"]
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        if crop:
+            cache.crop(crop)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        model(ids[:, -1:], attention_mask=masks(mask), past_key_values=cache)
+    return local
+
+
+def test_a_loop_of_ones_own_must_go_on_with_what_was_recorded():
+    model, _ = model_that_ends()
+    with pytest.raises(dc.SiteError, match=r"feeds 1 more of each text's tokens and has 4 in its cache, where 5 were"):
+        loop(model, crop=-1)
+    with pytest.raises(dc.SiteError, match=r"the mask \(3, 1\) doesn't fit the 6 tokens that each text has so far"):
+        loop(model, masks=lambda mask: mask[:, -1:])
+    with pytest.raises(dc.SiteError, match=r"column 'word' is per token, \(3, 5\), and has no entries for tokens"):
+        loop(model, word=batch_of(PROMPTS)["input_ids"])
+    one_of_three = torch.tensor([[1], [0], [1]])
+    local = loop(model, masks=lambda mask: torch.cat([mask[:, :-1], one_of_three], 1), label=torch.tensor([4, 5, 6]))
+    assert local.rows("resid_out_1")["label"].tolist() == [4, 6]
+
+
 def test_averaged_attention_of_the_prompt_is_that_of_a_forward_pass_over_prompts():
     model, _ = model_that_ends()
     for implementation in ("dynamic", "static"):
@@ -187,8 +343,11 @@ def test_averaged_attention_of_the_prompt_is_that_of_a_forward_pass_over_prompts
         ({"num_beams": 2}, "num_beams=2 isn't supported"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2 isn't supported"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens isn't supported"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit isn't supported"),
+        ({"guidance_scale": 1.5}, "guidance_scale isn't supported"),  # texts without their prompts, beside
+        ({"generation_config": transformers.GenerationConfig(num_beams=3)}, "num_beams=3 isn't supported"),
     ],
-    ids=["beams", "sequences", "drafts"],
+    ids=["beams", "sequences", "drafts", "drafts of its own", "guided", "beams by configuration"],
 )
 def test_what_gives_rows_several_times_is_refused(options, words):
     model, _ = model_that_ends()
@@ -227,6 +386,33 @@ def test_a_pass_that_goes_on_with_unknown_texts_is_refused():
         refused = pytest.raises(dc.SiteError, match="whose beginning wasn't recorded")
         with dc.record(model, ["resid_out"]), refused:
             model(torch.ones(3, 1, dtype=torch.long), past_key_values=out.past_key_values)
+
+
+def test_a_generation_that_goes_on_with_unknown_texts_is_refused():
+    model, _ = model_that_ends()
+    ids = torch.stack(texts((5, 5)))
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :3], past_key_values=cache)
+    refused = pytest.raises(dc.SiteError, match="given a cache with tokens in it, of texts whose beginning wasn't")
+    with dc.record(model, ["resid_out"]) as local, refused:
+        model.generate(ids, past_key_values=cache, max_new_tokens=2)
+    assert len(local) == 0
+
+
+def test_blocks_that_overlap_leave_the_models_own_methods():
+    model, _ = model_that_ends()
+    own = model.generate
+    model.generate = lambda *args, **kwargs: own(*args, **kwargs)
+    mine = model.generate
+    first, second = dc.record(model, ["resid_out"]), dc.record(model, ["resid_out"])
+    first.__enter__()
+    local = second.__enter__()
+    first.__exit__(None, None, None)
+    generate(model, PROMPTS)
+    assert "step" in local.rows("resid_out_1")  # the second block still knows that it was a generation
+    second.__exit__(None, None, None)
+    assert model.generate is mine
 
 
 def test_the_model_generates_what_it_would_have_generated_and_is_left_as_it_was():

@@ -936,6 +936,21 @@ def test_a_part_of_the_model_is_not_the_model():
     assert len(rec["resid_out_0"]) == 6
 
 
+@pytest.mark.parametrize("where", ["before any site", "after a site"])
+def test_a_part_alone_is_refused_after_a_pass_that_raised_too(where):
+    """What it shows would belong to the pass that raised, and count nowhere without a word."""
+    model, inputs = build("llama"), padded(TEXTS)
+    part = model.model.embed_tokens if where == "before any site" else model.model.layers[1].mlp
+    with dc.record(model, ["resid_out"], index=range(4)) as rec, torch.no_grad():
+        with failing(part), pytest.raises(torch.OutOfMemoryError):
+            model(**inputs)
+        with pytest.raises(dc.SiteError, match="call that model, not a part of it"):
+            model.model(**inputs)
+        assert len(rec) == 0
+        model(**inputs)
+    assert len(rec["resid_out_1"]) == NUM_TOKENS and num_hooks(model) == 0
+
+
 class Outputs(nn.Module):
     """Gives what it is told to give, from keywords."""
 
@@ -1025,6 +1040,35 @@ def test_floats_of_two_dims_are_samples_of_three_dims_tokens():
     assert int(rec.count("mean")) == 8
 
 
+def test_tokens_of_an_input_without_any_lie_along_a_dim_that_a_site_names():
+    class Spread(nn.Module):
+        """[B, D] to [B, T, D]."""
+
+        def forward(self, x):
+            return x.unsqueeze(1) * torch.arange(1.0, 5.0)[:, None]
+
+    model, x = Stack(Spread()), torch.randn(2, 3)
+    expected = model(x)
+    with dc.record(model, {"last": dc.Site("blocks.0", tokens="last", layout="BSD"), "whole": "blocks.0"}) as rec:
+        model(x)
+    assert torch.equal(rec["last"], expected[:, -1]) and torch.equal(rec["whole"], expected)
+    for tokens in ("last", "mean", 0):
+        refused = pytest.raises(dc.SiteError, match=r"which dim of a value \(2, 4, 3\) they lie along isn't known")
+        with dc.record(model, {"x": dc.Site("blocks.0", tokens=tokens)}), refused:
+            model(x)
+
+
+def test_what_is_pooled_stays_as_it_lies_though_tokens_come_first_elsewhere():
+    class Pool(nn.Module):
+        def forward(self, x):
+            return x.mean(1)
+
+    model, x = Stack(Pool()), torch.randn(3, 5, 3)  # as many samples as features: nothing but its order tells
+    with dc.record(model, {"x": dc.Site("blocks.0", layout="SBD")}) as rec:
+        model(x)
+    assert torch.equal(rec["x"], x.mean(1)) and not torch.equal(rec["x"], x.mean(1).T)
+
+
 def test_the_batch_is_what_hooks_that_were_there_before_make_of_it():
     model = Stack()
     handle = model.register_forward_pre_hook(lambda m, args: (args[0][:2], args[1][:2]))
@@ -1101,6 +1145,18 @@ def test_columns_of_names_that_are_taken_are_refused(name):
         dc.record(Stack(), {"x": "blocks.0"}, **{name: torch.zeros(2)}).__enter__()
 
 
+@pytest.mark.parametrize("name", ["into", "phase", "stop"])
+def test_options_of_the_block_are_no_columns_of_a_pass(name):
+    with (
+        dc.record(Stack(), {"x": "blocks.0"}) as rec,
+        pytest.raises(dc.SiteError, match=rf"\['{name}'\] are options of record\(\), which hold for the whole block"),
+    ):
+        rec.next(**{name: torch.zeros(2)})
+    if name != "into":
+        with pytest.raises(dc.SiteError, match=f"{name} is "):
+            dc.record(Stack(), {"x": "blocks.0"}, **{name: torch.zeros(2)}).__enter__()
+
+
 def test_a_sample_twice_in_a_batch_is_an_error_of_a_reduction_and_one_row_of_a_concatenation():
     model, x = Stack(), torch.arange(6.0).view(2, 3)
     with dc.record(model, {"x": dc.Site("blocks.0", reduce="mean")}, index=[3, 3]) as rec:
@@ -1160,7 +1216,7 @@ def test_what_the_receiving_cache_reduces_is_not_kept_until_the_pass_ends(monkey
     model, cache = build("llama"), dc.ActivationCache()
     cache.register_aggregation("resid_out_", dc.Mean())
     kept = []
-    monkeypatch.setattr(hooks._Recorder, "_own", lambda *args: kept.append(args))
+    monkeypatch.setattr(hooks, "own", lambda *args: kept.append(args))
     two_batches(model, ["resid_out"], cache)
     assert not kept and int(cache.count("resid_out_1")) == NUM_TOKENS
 

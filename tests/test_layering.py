@@ -18,7 +18,12 @@ OTHER_WAY = set(re.findall(r"`(\w+)` -> `(\w+)`", README))
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 # Third-party packages that may be named in few places.
-ONLY_IN = {"torch.distributed": {"comm", "testing"}, "transformers": {"attention"}, "matplotlib": {"plot"}}
+ONLY_IN = {
+    "torch.distributed": {"comm", "testing"},
+    "transformers": {"attention"},
+    "triton": {"attention"},
+    "matplotlib": {"plot"},
+}
 NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Names of calls that pickle what they send, or run what they read.
 FORBIDDEN = re.compile(

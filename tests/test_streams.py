@@ -112,11 +112,56 @@ def test_a_head_after_the_decoder_has_the_decoders_tokens():
     assert torch.equal(local["logits"], rows)
 
 
-def test_an_encoder_decoder_generates_into_its_decoders_rows():
+def test_nobody_hears_of_a_mask_that_no_site_needs():
+    model, batch = t5(), pairs(given=("attention_mask",))
+    with dc.record(model, {"enc": SITES["enc_{layer}"].format(layer=1)}) as local, torch.no_grad():
+        model(**batch)  # the decoder's padding would be refused
+    assert len(local["enc"]) == sum(map(len, SOURCES))
+
+
+class Wrapping(nn.Module):
+    """An encoder-decoder in a module of one's own, which has its own first tensor and mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.core = t5()
+
+    def forward(self, input_ids, attention_mask, **decoder):
+        return self.core(input_ids=input_ids, attention_mask=attention_mask, **decoder).logits
+
+
+def test_an_encoder_decoder_within_a_model_has_two_streams_too():
+    model, batch = Wrapping(), pairs()
+    paths = {"enc": "core.encoder.block.1", "dec": "core.decoder.block.1", "logits": "core.lm_head"}
+    with dc.record(model, paths) as local, torch.no_grad():
+        model(**batch)
+    for key, wanted in (("enc", SOURCES), ("dec", TARGETS), ("logits", TARGETS)):
+        x_bsd = shown(model, paths[key], **batch)
+        rows = torch.cat([x_bsd[b, : len(text)] for b, text in enumerate(wanted)])
+        assert torch.equal(local[key], rows)
+    by_source = shown(model, paths["dec"], **batch)[batch["attention_mask"].bool()]
+    assert len(by_source) != len(local["dec"])  # the model's own mask fits the decoder's rows, by chance
+
+
+def test_an_encoder_that_runs_again_in_a_later_pass_counts_once():
+    model, batch = t5(), pairs()
+    mask = dict(attention_mask=batch["attention_mask"])
+    sites = {"enc": "encoder.block.1", "mean": dc.Site("encoder.block.1", reduce="mean"), "dec": "decoder.block.1"}
+    with dc.record(model, sites, index=range(4)) as local, torch.no_grad():
+        first = model(input_ids=batch["input_ids"], decoder_input_ids=torch.full((4, 1), 3), **mask, use_cache=True)
+        cache = first.past_key_values
+        model(input_ids=batch["input_ids"], decoder_input_ids=torch.full((4, 1), 4), past_key_values=cache, **mask)
+    assert len(local["enc"]) == int(local.count("mean")) == sum(map(len, SOURCES))
+    assert local.rows("dec")["position"].tolist() == [0, 1] * 4
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["with a cache", "without a cache"])
+def test_an_encoder_decoder_generates_into_its_decoders_rows(use_cache):
     model = t5()
     source = padded(SOURCES)
+    options = dict(max_new_tokens=4, use_cache=use_cache)
     with dc.record(model, SITES, index=range(4)) as local:
-        found = model.generate(source["input_ids"], attention_mask=source["attention_mask"], max_new_tokens=4)
+        found = model.generate(source["input_ids"], attention_mask=source["attention_mask"], **options)
     fed = found[:, :-1]
     with dc.record(model, SITES, index=range(4)) as whole, torch.no_grad():
         model(
@@ -252,6 +297,59 @@ def clip():
     return transformers.CLIPModel(config).eval()
 
 
+def test_a_picture_of_channels_has_no_tokens():
+    """[B, C, H, W], of which dim 1 isn't patches."""
+    model, pictures = vit(), torch.randn(3, 3, 8, 8)
+    path = "embeddings.patch_embeddings.projection"
+    with dc.record(model, {"x": path}) as local, torch.no_grad():
+        model(pixel_values=pictures)
+    assert torch.equal(local["x"], shown(model, path, pixel_values=pictures))
+    refused = pytest.raises(dc.SiteError, match=r"which dim of a value \(3, 16, 2, 2\) they lie along isn't known")
+    with dc.record(model, {"x": dc.Site(path, tokens="mean")}), torch.no_grad(), refused:
+        model(pixel_values=pictures)
+
+
+def test_patches_that_are_padding_count_nowhere():
+    config = transformers.Siglip2VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, patch_size=2,
+                                              num_attention_heads=2, num_patches=16, num_channels=3)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Siglip2VisionModel(config).eval()
+    mask = torch.tensor([[1] * 4 + [0] * 5, [1] * 9])
+    batch = dict(pixel_values=torch.randn(2, 9, 12), spatial_shapes=torch.tensor([[2, 2], [3, 3]]))
+    (path,) = [name for name, _ in model.named_modules() if name.endswith("layers.1")]
+    with dc.record(model, {"own": path}) as local, torch.no_grad():
+        model(**batch, pixel_attention_mask=mask)
+    x_bsd = shown(model, path, **batch, pixel_attention_mask=mask)
+    assert torch.equal(local["own"], x_bsd[mask.bool()])
+    given = vit()
+    some = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 0, 1]])
+    (path,) = [name for name, m in given.named_modules() if name.endswith(".1") and type(m).__name__ == "ViTLayer"]
+    pictures = torch.randn(2, 3, 8, 8)
+    with dc.record(given, {"x": path}, mask=some) as local, torch.no_grad():
+        given(pixel_values=pictures)
+    assert torch.equal(local["x"], shown(given, path, pixel_values=pictures)[some.bool()])
+    refused = pytest.raises(dc.SiteError, match=r"have 5 tokens a sample, and the mask \(2, 4\) is of something else")
+    with dc.record(given, {"x": path}, mask=some[:, :4]), torch.no_grad(), refused:
+        given(pixel_values=pictures)
+
+
+def test_the_encoder_of_pictures_has_patches_for_tokens():
+    words = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=16, eos_token_id=2)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit().config, words)
+    torch.manual_seed(0)
+    model = transformers.VisionEncoderDecoderModel(config=config).eval()
+    (layer,) = [name for name, m in model.named_modules() if name.endswith(".1") and type(m).__name__ == "ViTLayer"]
+    target = padded(TARGETS)
+    batch = dict(pixel_values=torch.randn(4, 3, 8, 8), decoder_input_ids=target["input_ids"])
+    batch["decoder_attention_mask"] = target["attention_mask"]
+    sites = {"all": layer, "first": dc.Site(layer, tokens=0), "dec": "decoder.transformer.h.1"}
+    with dc.record(model, sites) as local, torch.no_grad():
+        model(**batch)
+    x_bsd = shown(model, layer, **batch)
+    assert torch.equal(local["all"], x_bsd.flatten(0, 1)) and torch.equal(local["first"], x_bsd[:, 0])
+    assert len(local["dec"]) == sum(map(len, TARGETS))
+
+
 def test_a_texts_mask_is_not_a_vision_towers_though_it_fits():
     model = clip()
     short = texts((5, 3, 1))  # as many tokens as a picture has patches
@@ -275,6 +373,92 @@ def test_a_tower_that_runs_on_other_samples_is_refused():
         pytest.raises(dc.SiteError, match="runs on 2 samples, where the batch has 3"),
     ):
         model(**batch)
+    with dc.record(model, {"text": "text_model.encoder.layers.1"}) as local, torch.no_grad():
+        model(**batch)  # which need not concern a text's sites
+    assert len(local["text"]) == 9
+
+
+def blip():
+    """A model that calls pictures its main input, and is shown texts as well."""
+    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8,
+                  patch_size=4)  # fmt: skip
+    reader = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=30,
+                  encoder_hidden_size=16)  # fmt: skip
+    words = transformers.OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=24, num_hidden_layers=2, pad_token_id=0,
+                                   num_attention_heads=2, max_position_embeddings=64,
+                                   word_embed_proj_dim=16)  # fmt: skip
+    config = transformers.Blip2Config(vision_config=vision, qformer_config=reader, text_config=words.to_dict(),
+                                      num_query_tokens=4, image_token_index=5)  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Blip2ForConditionalGeneration(config).eval()
+
+
+def test_texts_have_their_mask_in_a_model_whose_main_input_is_a_picture():
+    model = blip()
+    assert model.main_input_name == "pixel_values"
+    ids = torch.tensor([[1, 5, 5, 5, 5, 7, 8, 9], [1, 5, 5, 5, 5, 7, 0, 0]])
+    batch = dict(pixel_values=torch.randn(2, 3, 8, 8), input_ids=ids, attention_mask=(ids != 0).long())
+    paths = {"text": "language_model.model.decoder.layers.1", "picture": "vision_model.encoder.layers.1"}
+    with dc.record(model, paths, word=ids) as local, torch.no_grad():
+        model(**batch)
+    assert torch.equal(local["text"], shown(model, paths["text"], **batch)[ids != 0])
+    assert local.rows("text")["word"].tolist() == ids[ids != 0].tolist()
+    assert torch.equal(local["picture"], shown(model, paths["picture"], **batch).flatten(0, 1))
+
+
+# -- sounds ----------------------------------------------------------------------------------------------------
+
+
+def whisper():
+    width = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+                 encoder_ffn_dim=24, decoder_ffn_dim=24)  # fmt: skip
+    config = transformers.WhisperConfig(vocab_size=64, num_mel_bins=8, max_source_positions=20, max_target_positions=16,
+                                        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+                                        suppress_tokens=None, begin_suppress_tokens=None, **width)  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.WhisperForConditionalGeneration(config).eval()
+
+
+def test_an_encoder_of_sounds_has_tokens_where_a_site_says_along_which_dim():
+    model, sounds = whisper(), torch.randn(3, 8, 40)  # [B, pitches, time]: no tokens of the encoder's
+    batch = dict(input_features=sounds, decoder_input_ids=torch.tensor([[1, 5, 6]] * 3))
+    path, site = "model.encoder.layers.1", dc.Site("model.encoder.layers.1", layout="BSD")
+    sites = {"enc": site, "dec": "model.decoder.layers.1"}
+    with dc.record(model, sites) as local, torch.no_grad():
+        model(**batch)
+    x_bsd = shown(model, path, **batch)
+    assert x_bsd.shape == (3, 20, 16) and torch.equal(local["enc"], x_bsd.flatten(0, 1)) and len(local["dec"]) == 9
+    with dc.record(model, sites, mask={"encoder": torch.arange(20).expand(3, 20) < 5}) as local, torch.no_grad():
+        model(**batch)
+    assert torch.equal(local["enc"], x_bsd[:, :5].flatten(0, 1))
+    with (
+        dc.record(model, {"enc": dc.Site(path, tokens="mean")}),
+        torch.no_grad(),
+        pytest.raises(dc.SiteError, match=r"which dim of a value \(3, 20, 16\) they lie along isn't known: name it"),
+    ):
+        model(**batch)
+
+
+def test_a_mask_of_a_sounds_samples_is_not_one_of_its_frames():
+    config = transformers.Wav2Vec2Config(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2Model(config).eval()
+    batch = dict(
+        input_values=torch.randn(2, 400), attention_mask=(torch.arange(400) < torch.tensor([[200], [400]])).long()
+    )
+    path = "encoder.layers.1"
+    for layout, words in ((None, "along isn't known"), ("BSD", r"have 39 tokens a sample, and the mask \(2, 400\)")):
+        site = dc.Site(path, layout=layout)
+        with dc.record(model, {"x": site}), torch.no_grad(), pytest.raises(dc.SiteError, match=words):
+            model(**batch)
+    frames = torch.arange(39) < torch.tensor([[19], [39]])
+    with dc.record(model, {"x": dc.Site(path, layout="BSD")}, mask=frames) as local, torch.no_grad():
+        model(**batch)
+    assert torch.equal(local["x"], shown(model, path, **batch)[frames])
 
 
 # -- masks -----------------------------------------------------------------------------------------------------
@@ -360,8 +544,8 @@ def test_a_class_may_be_looked_for_below_a_path_and_must_be_there():
         model(**batch)
     assert sorted(local) == [f"model.layers.0.mlp.{name}_proj" for name in ("down", "gate", "up")]
     for site, words in (
-        (dc.Site(type=nn.Conv2d), "no such module; the model has "),
-        (dc.Site("model.nowhere", type=nn.Linear), "no module of the model has that path"),
+        (dc.Site(type=nn.Conv2d), "site of type Conv2d: there is none in the model, where modules are "),
+        (dc.Site("model.nowhere", type=nn.Linear), "no module of the model has the path 'model.nowhere', below which"),
         (dc.Site(type=nn.Linear, key="x"), r"must have \{path\}"),
     ):
         with pytest.raises(dc.SiteError, match=words), dc.record(model, [site]):
@@ -380,6 +564,48 @@ def test_a_pass_ends_after_the_last_site():
     with dc.record(model, [dc.Site("resid_out", layers=[0]), "embed"]) as whole, torch.no_grad():
         model(**batch)
     assert ran == [1] and all(torch.equal(local[key], whole[key]) for key in whole)
+
+
+class PeftModel(nn.Module):
+    """Stands for PEFT's, whose own methods may call what it wraps; known by its name."""
+
+    __module__, __qualname__ = "peft.peft_model", "PeftModel"
+
+    def __init__(self, base_model):
+        super().__init__()
+        self.base_model = base_model
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs).logits
+
+
+def test_a_pass_ends_in_whatever_wraps_the_model_and_in_the_model_itself():
+    model, batch = PeftModel(build("llama")), padded(SOURCES)
+    with dc.record(model, ["embed"], stop=True) as local, torch.no_grad():
+        assert model(**batch) is None and model.base_model(**batch) is None
+    assert len(local["embed"]) == 2 * 15
+    assert "forward" not in vars(model) and "forward" not in vars(model.base_model)
+
+
+@pytest.mark.parametrize("io", ["input", "output"])
+def test_a_pass_may_end_at_the_models_own_ends(io):
+    model, x = Reversed(), torch.tensor([[5, 6]])
+    ran = []
+    model.embed.register_forward_hook(lambda *_: ran.append(1))
+    site = dc.Site("", io=io)
+    with dc.record(model, {"x": site}, stop=True) as local, torch.no_grad():
+        for _ in range(2):
+            out = model(torch.ones(1, 2, 3), x) if io == "input" else model(x, 1.0)
+            assert (out is None) == (io == "input")  # of its output nothing is left to leave out
+    assert len(ran) == (0 if io == "input" else 2) and len(local["x"]) == 4
+
+
+def test_a_block_within_one_that_stops_hears_why_nothing_came():
+    model, batch = build("llama"), padded(SOURCES)
+    refused = pytest.raises(dc.SiteError, match="another block's stop=True ended the pass")
+    with dc.record(model, ["embed"], stop=True), dc.record(model, ["resid_out"]), torch.no_grad(), refused:
+        model(**batch)
+    assert "forward" not in vars(model)
 
 
 def test_a_pass_isnt_stopped_where_that_could_go_wrong():

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from distcache.errors import SiteError
-from distcache.tokens import Given, Stream, as_selector, bound_arguments, open_batch
+from distcache.streams import Given, Stream, bound_arguments, open_batch
+from distcache.tokens import as_selector
 
 B, S = 4, 5
 # Which tokens are text: right padding, left padding, none, holes and a sample without any.
@@ -137,6 +138,15 @@ def test_a_mask_of_any_dtype_is_one_where_it_is_not_zero(dtype):
     assert batch(mask).select("all").columns.by_name["sample"].tolist() == [0] * 3 + [1] * 5 + [2] + [3] * 2
 
 
+@pytest.mark.parametrize("hidden", [-1.0, -1e9, float("-inf")])
+def test_a_mask_that_is_added_to_scores_is_refused_where_it_would_be_read_the_other_way_round(hidden):
+    added = torch.zeros(B, S).masked_fill(torch.tensor(MASKS["right"]) == 0, hidden)
+    for given in ({"mask": added}, {}):
+        with pytest.raises(SiteError, match="negative numbers, as one that is added to scores"):
+            batch(None if given else added, **given)
+    assert batch(torch.zeros(B, S), mask=added == 0).spans == batch(torch.tensor(MASKS["right"])).spans
+
+
 def test_a_mask_that_was_given_wins_over_the_models_own():
     given = torch.tensor(MASKS["left"])
     assert batch(torch.tensor(MASKS["right"]), mask=given).spans == batch(given).spans
@@ -189,6 +199,14 @@ class Anything(nn.Module):
 )  # fmt: skip
 def test_the_batch_is_as_large_as_the_models_main_input(args, kwargs, expected):
     assert sizes(Anything(), *args, **kwargs) == expected
+
+
+def test_a_mask_is_no_input_and_has_no_ids():
+    ids, mask = torch.tensor([[7, 8]]), torch.ones(1, 2, dtype=torch.long)
+    for x, token_ids in ((ids, ids), (torch.zeros(1, 2, 3), None), (torch.ones(1, 2).bool(), None)):
+        found = open_batch(Stream("", Anything()), (), {"attention_mask": mask, "x": x}, Given(token_id=True))
+        assert (found.num_samples, found.num_tokens) == (1, 2)
+        assert found.columns.get("token_id") is token_ids or torch.equal(found.columns["token_id"], token_ids)
 
 
 @pytest.mark.parametrize("args", [(), (3,), (torch.tensor(1.0),)])

@@ -1,6 +1,32 @@
-"""Averaged attention patterns, exact, from Q and K as the model's own fast attention gets them."""
+"""Averaged attention patterns and statistics, exact, from Q and K as the model's own fast attention gets them."""
 
-from distcache.attention.blockwise import pattern, pattern_sum
+from distcache.attention.blockwise import pattern
+from distcache.attention.dispatch import pattern_sum
+from distcache.attention.functions import tap_functions
+from distcache.attention.statistics import (
+    ByClass,
+    Distance,
+    Pooled,
+    Statistic,
+    as_statistics,
+    pattern_statistics,
+    scratch_bytes,
+    state_bytes,
+)
 from distcache.attention.taps import AttentionCall, tap_attention
 
-__all__ = ["AttentionCall", "pattern", "pattern_sum", "tap_attention"]
+__all__ = [
+    "AttentionCall",
+    "ByClass",
+    "Distance",
+    "Pooled",
+    "Statistic",
+    "as_statistics",
+    "pattern",
+    "pattern_statistics",
+    "pattern_sum",
+    "scratch_bytes",
+    "state_bytes",
+    "tap_attention",
+    "tap_functions",
+]

@@ -4,12 +4,13 @@ A pattern is S × S for every head; for a batch of them there is no room. So row
 added to the sum, and dropped: at most [samples, heads, block, S] scores exist at once, and the samples are
 as few as keep that within a fixed number of scores. `reference.py` says what must come out.
 
-Legend of names: b samples taken together, h query heads, g key heads, q queries of a block, k keys of a
-block, l a sample's valid tokens, d head dim, s aligned positions.
+Legend of names: b samples taken together, h query heads, g key heads, q queries, k keys, l a sample's valid
+tokens, d head dim.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from distcache.attention.positions import Align, Positions, between, positions, positions_of_text, within
 from distcache.attention.taps import AttentionCall
 from distcache.errors import SiteError
 
@@ -33,28 +35,36 @@ def pattern_sum(
     *,
     block: int = 128,
     heads: Sequence[int] | None = None,
+    queries: Positions = None,
+    keys: Positions = None,
+    align: Align = "start",
 ) -> Tensor:
-    """The sum over samples of each sample's pattern, padding removed, realigned to index 0.
+    """The sum over samples of each sample's pattern, padding removed, realigned at the first token or the last.
 
     `spans[b]` is the range (start, stop) of sample b's valid tokens; an empty one adds nothing. Queries and
-    keys outside are dropped before the softmax. `heads` are the query heads wanted, by default all.
+    keys outside are dropped before the softmax. `heads` are the query heads wanted, by default all. `queries` and
+    `keys` are the positions wanted, as of `positions.positions`; weights are of the whole row in any case, and
+    `positions.query_counts` says how many samples are in each.
 
-    Returns float32 [heads, size, size] on the call's device, a normal tensor also under inference_mode.
-    Scores are float32, or float64 for float64 inputs; never less, also under autocast. The same inputs give
-    the same bits. SiteError if spans do not fit the call or `size`. Not a collective.
+    Returns float32 [heads, queries, keys] on the call's device, by default [heads, size, size], a normal tensor also
+    under inference_mode. Scores are float32, or float64 for float64 inputs; never less, also under autocast. The same
+    inputs give the same bits. SiteError if spans do not fit the call or `size`, or positions `align`. Not a collective.
     """
     _check(call, spans, size, heads)
     device = call.query_bhqd.device
     num_heads = call.query_bhqd.shape[1] if heads is None else len(heads)
+    all_rows, all_keys = positions(queries, size, align, "queries"), positions(keys, size, align, "keys")
     with _plain_arithmetic(device):
-        total_hss = torch.zeros(num_heads, size, size, dtype=torch.float32, device=device)
+        total_hqk = torch.zeros(num_heads, len(all_rows), len(all_keys), dtype=torch.float32, device=device)
         for samples, (start, stop) in _runs(spans):
-            length = stop - start
-            for part in _parts(samples, num_heads * min(block, length) * length, device):
-                for rows, keys, probs_bhqk in _blocks(call, part, start, stop, block, heads):
+            rows, to_rows = within(all_rows, stop - start, align)
+            kept, to_keys = within(all_keys, stop - start, align)
+            for part in _parts(samples, num_heads * min(block, len(rows)) * (stop - start), device):
+                for at, at_keys, probs_bhqk in _cut_blocks(call, part, start, stop, block, heads, rows, kept):
                     summed_hqk = probs_bhqk[0] if len(probs_bhqk) == 1 else probs_bhqk.sum(0)
-                    total_hss[:, rows, keys] += summed_hqk
-        return total_hss
+                    total_hqk[:, _inside(to_rows, at), _inside(to_keys, at_keys)] += summed_hqk
+                    del probs_bhqk, summed_hqk  # before the next block is made beside it
+        return total_hqk
 
 
 def pattern(
@@ -64,18 +74,61 @@ def pattern(
     *,
     block: int = 128,
     heads: Sequence[int] | None = None,
+    queries: Positions = None,
+    keys: Positions = None,
 ) -> Tensor:
-    """Sample b's pattern within its span, float32 [heads, L, L], L = stop − start; else as `pattern_sum`."""
+    """Sample b's pattern within its span, float32 [heads, L, L], L = stop − start; else as `pattern_sum`.
+
+    `queries` and `keys`: of those positions that the text has, as of `positions.positions_of_text`.
+    """
     device, num_tokens = call.query_bhqd.device, call.query_bhqd.shape[2]
     _check(call, spans, num_tokens, heads)
     start, stop = spans[b]
     num_heads = call.query_bhqd.shape[1] if heads is None else len(heads)
+    rows = positions_of_text(queries, stop - start, "queries")
+    kept = positions_of_text(keys, stop - start, "keys")
     with _plain_arithmetic(device):
-        length = stop - start
-        pattern_hll = torch.zeros(num_heads, length, length, dtype=torch.float32, device=device)
-        for rows, keys, probs_bhqk in _blocks(call, slice(b, b + 1), start, stop, block, heads):
-            pattern_hll[:, rows, keys] = probs_bhqk[0]
-        return pattern_hll
+        pattern_hqk = torch.zeros(num_heads, len(rows), len(kept), dtype=torch.float32, device=device)
+        for at, at_keys, probs_bhqk in _cut_blocks(call, slice(b, b + 1), start, stop, block, heads, rows, kept):
+            pattern_hqk[:, at, at_keys] = probs_bhqk[0]
+            del probs_bhqk
+        return pattern_hqk
+
+
+def sum_bytes(
+    num_heads: int, size: int, *, queries: Positions = None, keys: Positions = None, align: Align = "start"
+) -> int:
+    """What `pattern_sum` returns, in bytes: of each layer until the pass that made it returns."""
+    return num_heads * len(positions(queries, size, align)) * len(positions(keys, size, align, "keys")) * 4
+
+
+def scratch_bytes(
+    num_samples: int,
+    num_heads: int,
+    num_tokens: int,
+    head_dim: int,
+    device: torch.device,
+    *,
+    block: int = 128,
+    num_queries: int | None = None,
+    itemsize: int = 4,
+) -> int:
+    """The most that is held beside results while a layer's blocks are made, in bytes, mask and model apart.
+
+    `num_tokens`: of the longest sample; `num_queries`: how many of them are asked for, all if None; `itemsize`: 8 for
+    float64 inputs, 4 for all others.
+    """
+    rows = min(block, num_tokens if num_queries is None else num_queries)
+    together = min(num_samples, _samples_together(num_heads * rows * num_tokens, device))
+    scores = num_heads * rows * num_tokens
+    # Scores with their softmax, or that with what is made of it; Q of a block and K of a text, converted and picked.
+    return together * (2 * scores + 2 * num_heads * (rows + num_tokens) * head_dim) * itemsize
+
+
+@functools.lru_cache(maxsize=256)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64, made once and never written to: bringing numbers to a GPU waits for all that is computed there."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 @contextmanager
@@ -128,16 +181,51 @@ def _runs(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[range, tuple[int, 
 
 
 def _parts(samples: range, scores_per_sample: int, device: torch.device) -> Iterator[slice]:
-    limit = _SCORES_CPU if device.type == "cpu" else _SCORES_GPU
-    step = max(1, limit // max(1, scores_per_sample))
+    step = _samples_together(scores_per_sample, device)
     for first in range(samples.start, samples.stop, step):
         yield slice(first, min(first + step, samples.stop))
 
 
-def _blocks(
-    call: AttentionCall, samples: slice, start: int, stop: int, block: int, heads: Sequence[int] | None
+def _inside(outer: slice, inner: slice) -> slice:
+    """The slice that x[outer][inner] takes of x."""
+    return slice(outer.start + inner.start, outer.start + inner.stop)
+
+
+def _samples_together(scores_per_sample: int, device: torch.device) -> int:
+    limit = _SCORES_CPU if device.type == "cpu" else _SCORES_GPU
+    return max(1, limit // max(1, scores_per_sample))
+
+
+def _cut_blocks(
+    call: AttentionCall,
+    samples: slice,
+    start: int,
+    stop: int,
+    block: int,
+    heads: Sequence[int] | None,
+    rows: range,
+    kept: range,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows, keys, probabilities [b, h, q, k]) of these samples, whose valid tokens are start..stop.
+    """`_blocks` cut to the keys `kept`: (which of `rows`, which of `kept`, their probabilities [b, h, q, k])."""
+    if not kept:
+        return
+    for at, keys, probs_bhqk in _blocks(call, samples, start, stop, block, heads, rows):
+        at_keys = between(kept, keys.start, keys.stop)
+        seen = kept[at_keys]
+        yield at, at_keys, probs_bhqk[..., seen.start - keys.start : seen.stop - keys.start : seen.step]
+        del probs_bhqk
+
+
+def _blocks(
+    call: AttentionCall,
+    samples: slice,
+    start: int,
+    stop: int,
+    block: int,
+    heads: Sequence[int] | None,
+    rows: range,
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(at, keys, probabilities [b, h, q, k] of queries rows[at]) of these samples, whose valid tokens are start..stop.
 
     Rows and keys count from `start`. Keys left out have probability zero.
     """
@@ -145,19 +233,31 @@ def _blocks(
     picked: Tensor | slice = slice(None)
     k_bgld = call.key_bhkd[samples, :, start:stop]
     if heads is not None:
-        picked = torch.tensor(list(heads), dtype=torch.long, device=k_bgld.device)
+        picked = on_device(tuple(heads), k_bgld.device)
         k_bgld = k_bgld[:, picked // (call.query_bhqd.shape[1] // k_bgld.shape[1])]  # one key head for each
     k_bgld = k_bgld.to(dtype)
-    for top in range(start, stop, block):
-        bottom = min(top + block, stop)
-        first, last = _key_range(call, samples, top, bottom, start, stop)
-        q_bhqd = call.query_bhqd[samples, :, top:bottom][:, picked].to(dtype) * call.scaling
+    for i in range(0, len(rows), block):
+        at = slice(i, min(i + block, len(rows)))
+        part = rows[at]
+        tokens = slice(start + part[0], start + part[-1] + 1, part.step)
+        first, last = _key_range(call, samples, tokens.start, tokens.stop, start, stop)
+        q_bhqd = call.query_bhqd[samples, :, tokens][:, picked].to(dtype) * call.scaling
         b, h, q, d = q_bhqd.shape
         # Heads that share keys lie side by side, so a group is one matrix and keys are never repeated.
         q_bgqd = q_bhqd.reshape(b, k_bgld.shape[1], -1, d) if h else q_bhqd
-        scores_bgqk = q_bgqd @ k_bgld[:, :, first - start : last - start].mT
-        probs_bhqk = _softmax(call, scores_bgqk.view(b, h, q, -1), samples, top, first, picked)
-        yield slice(top - start, bottom - start), slice(first - start, last - start), probs_bhqk
+        # Neither scores nor probabilities have a name here, where they would outlive their use.
+        yield (
+            at,
+            slice(first - start, last - start),
+            _softmax(
+                call,
+                (q_bgqd @ k_bgld[:, :, first - start : last - start].mT).view(b, h, q, last - first),
+                samples,
+                tokens,
+                first,
+                picked,
+            ),
+        )
 
 
 def _key_range(call: AttentionCall, samples: slice, top: int, bottom: int, start: int, stop: int) -> tuple[int, int]:
@@ -179,11 +279,11 @@ def _key_range(call: AttentionCall, samples: slice, top: int, bottom: int, start
 
 
 def _softmax(
-    call: AttentionCall, scores_bhqk: Tensor, samples: slice, top: int, first: int, picked: Tensor | slice
+    call: AttentionCall, scores_bhqk: Tensor, samples: slice, rows: slice, first: int, picked: Tensor | slice
 ) -> Tensor:
-    """Probabilities from Q · K of queries from `top` and keys from `first`; overwrites the scores."""
-    _, _, q, k = scores_bhqk.shape
-    rows, keys = slice(top, top + q), slice(first, first + k)
+    """Probabilities from Q · K of queries `rows` and keys from `first`; overwrites the scores."""
+    k = scores_bhqk.shape[-1]
+    keys = slice(first, first + k)
     if call.softcap is not None:
         scores_bhqk.div_(call.softcap).tanh_().mul_(call.softcap)
     if call.position_bias is not None:
@@ -199,7 +299,7 @@ def _softmax(
         else:
             scores_bhqk += part
     else:
-        q_q1 = torch.arange(top, top + q, device=scores_bhqk.device)[:, None]
+        q_q1 = torch.arange(rows.start, rows.stop, rows.step, device=scores_bhqk.device)[:, None]
         k_1k = torch.arange(first, first + k, device=scores_bhqk.device)[None, :]
         if call.sliding_window is not None or mask is not None:
             barred_qk = (k_1k > q_q1) & call.is_causal
@@ -211,7 +311,8 @@ def _softmax(
             scores_bhqk.masked_fill_(barred, -torch.inf)
         elif call.is_causal:
             # Only the square on the diagonal has anything to bar.
-            scores_bhqk[..., top - first :].masked_fill_(k_1k[:, top - first :] > q_q1, -torch.inf)
+            later = slice(rows.start - first, None)
+            scores_bhqk[..., later].masked_fill_(k_1k[:, later] > q_q1, -torch.inf)
 
     probs_bhqk = torch.softmax(scores_bhqk, -1)
     if call.sinks is not None:
