@@ -63,12 +63,10 @@ class Generation:
                 "sample."
             )
         again = self.num_seen if held is None and num_tokens > self.num_seen else 0
-        goes_on = held in (self.virtual + self.num_seen, SOME) or (
-            held is None and num_tokens == 1
-        )  # a cache of its own
-        if not again and not goes_on:
+        remembers = held is None and num_tokens == 1  # in a way of its own
+        if not again and not remembers and held not in (self.virtual + self.num_seen, SOME):
             raise SiteError(
-                f"a pass feeds {num_tokens} more of each text's tokens and has {held} in its cache, where "
+                f"a pass feeds {num_tokens} more of each text's tokens and has {held or 0} in its cache, where "
                 f"{self.num_seen} were recorded: these aren't the texts of the pass before, or not all of them. Record "
                 "every pass over a text, from its beginning, and one batch after the other."
             )

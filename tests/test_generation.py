@@ -400,6 +400,24 @@ def test_a_generation_that_goes_on_with_unknown_texts_is_refused():
     assert len(local) == 0
 
 
+def begin_anew(model, input_ids, **kwargs):
+    """Decodes the same text from its beginning a second time, as a fallback does."""
+    for _ in range(2):
+        model(input_ids, past_key_values=transformers.DynamicCache(config=model.config), use_cache=True)
+    return input_ids
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_generation_that_begins_anew_is_refused(length):
+    """Of one token, too, which might be what goes on."""
+    model, _ = model_that_ends()
+    ids = PROMPTS[0][None, :length]
+    refused = pytest.raises(dc.SiteError, match=rf"has 0 in its cache, where {length} were recorded")
+    with dc.record(model, ["resid_out"]) as local, refused:
+        model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=begin_anew)
+    assert len(local) == 0
+
+
 def test_blocks_that_overlap_leave_the_models_own_methods():
     model, _ = model_that_ends()
     own = model.generate
