@@ -177,7 +177,8 @@ def pattern_sum(
                 lse_bhq, lse_bhq.stride(), sinks, len(picked), q_tiles, **common
             )
         elif heads is not None:
-            lse_bhq = lse_bhq[:, picked]
+            # Not by a list of numbers, which a GPU would be waited for to get.
+            lse_bhq = torch.stack([lse_bhq[:, head] for head in picked], 1)
         _sum[(q_tiles * k_tiles, len(picked))](
             out_hss, out_hss.stride(), lse_bhq, lse_bhq.stride(), size, ADD=into_hss is not None, **common
         )
