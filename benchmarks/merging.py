@@ -118,10 +118,7 @@ def reductions(
         local.add(key, value)
 
     def fold() -> None:
-        deferred = cache.deferred_mode()
-        deferred.__enter__()
-        cache.cat(local)
-        cache._deferred = False  # the block is left open for `merge` to be timed alone
+        _fold(cache, local)
 
     def merge() -> dc.DistributedCache:
         cache.merge()
@@ -136,10 +133,7 @@ def reductions(
         first.close()
         first = dc.DistributedCache()
         first.register_aggregation("key", dc.Mean(accumulate=dtype))
-        deferred = first.deferred_mode()
-        deferred.__enter__()
-        first.cat(local)
-        first._deferred = False
+        _fold(first, local)
 
     def merge_first() -> dc.DistributedCache:
         first.merge()
@@ -165,6 +159,13 @@ def reductions(
     if world_size > 1:
         yield Candidate("all_gather_object", objects, check=check, rounds=2)
         yield from _peers_reduce(values, dtype, check)
+
+
+def _fold(cache: dc.DistributedCache, local: dc.ActivationCache) -> None:
+    """Into the delta, and the block is left open, so that a merge can be timed alone."""
+    cache.deferred_mode().__enter__()
+    cache.cat(local)
+    cache._deferred = False
 
 
 def _all_reduce(tensor: Tensor) -> None:
@@ -302,10 +303,7 @@ def concatenations(
         nonlocal cache
         cache.close()
         cache = dc.DistributedCache()
-        deferred = cache.deferred_mode()
-        deferred.__enter__()
-        cache.cat(local)
-        cache._deferred = False
+        _fold(cache, local)
 
     def merge() -> dc.DistributedCache:
         cache.merge()
