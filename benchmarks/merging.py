@@ -163,7 +163,8 @@ def reductions(
 
 def _fold(cache: dc.DistributedCache, local: dc.ActivationCache) -> None:
     """Into the delta, and the block is left open, so that a merge can be timed alone."""
-    cache.deferred_mode().__enter__()
+    deferred = cache.deferred_mode()
+    deferred.__enter__()
     cache.cat(local)
     cache._deferred = False
 
