@@ -15,22 +15,34 @@ class Staged:
     """States and rows of one forward pass, or of the many of a generation. They count all together, or never."""
 
     def __init__(self) -> None:
-        self.slabs: list[Slab] = []
         self.shown: list[Shown] = []
-        self._place: dict[tuple[str, ...], int] = {}  # of keys in `slabs`
+        # By keys, each with the number of states that it's made of: those that don't fit, and those of other cells.
+        self._slabs: dict[tuple[str, ...], list[tuple[Slab, int]]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.slabs or self.shown)
+        return bool(self._slabs or self.shown)
+
+    @property
+    def slabs(self) -> list[Slab]:
+        """The states; few of the same keys, whatever the number of passes."""
+        return [slab for found in self._slabs.values() for slab, _ in found]
 
     def fold(self, slab: Slab) -> None:
-        """Add a state; to that of the same keys, if an earlier pass has shown one that it fits."""
-        place = self._place.get(slab.keys)
-        joined = None if place is None else _joined(self.slabs[place], slab)
-        if place is not None and joined is not None:
-            self.slabs[place] = joined
-        else:
-            self._place[slab.keys] = len(self.slabs)
-            self.slabs.append(slab)
+        """Add a state: to that of the same keys, if an earlier pass has shown one that it fits.
+
+        Joining states that bring other cells takes as long as they have cells, so only those of as many passes are
+        joined: of a thousand passes ten joins each, and not a thousand.
+        """
+        found = self._slabs.setdefault(slab.keys, [])
+        found.append((slab, 1))
+        while len(found) > 1:
+            (before, n), (after, m) = found[-2:]
+            if n > m and not _beside_alike(before, after):
+                break
+            joined = _joined(before, after)
+            if joined is None:
+                break
+            found[-2:] = [(joined, n + m)]
 
     def keep(self, shown: Shown) -> None:
         """Add a value that is kept."""
@@ -70,14 +82,20 @@ def _joined(before: Slab, slab: Slab) -> Slab | None:
     strategy, a, b = before.strategy, before.state, slab.state
     if before.result != slab.result or strategy.kinds(a, 1) != strategy.kinds(b, 1):
         return None
-    fields = {field.name for field in strategy.layout(a)}
-    beside = {name: x for name, x in a.items() if name not in fields}  # of groups, the cells that it brings
-    if beside.keys() == b.keys() - fields and all(_same(x, b[name]) for name, x in beside.items()):
+    if _beside_alike(before, slab):
+        fields = [field.name for field in strategy.layout(a)]
         state = {name: a[name].clone(memory_format=torch.contiguous_format) for name in fields}
         strategy.fold_(state, {name: b[name] for name in fields})
-        return dataclasses.replace(before, state={**state, **beside})
+        return dataclasses.replace(before, state={**a, **state})
     both = [strategy.combine(_of_key(a, k), _of_key(b, k)) for k in range(len(slab.keys))]
     return dataclasses.replace(before, state={name: torch.stack([one[name] for one in both]) for name in both[0]})
+
+
+def _beside_alike(before: Slab, slab: Slab) -> bool:
+    """Whether states have alike what is beside their fields: of groups, the cells that they bring."""
+    fields = {field.name for field in before.strategy.layout(before.state)}
+    beside = before.state.keys() - fields
+    return beside == slab.state.keys() - fields and all(_same(before.state[n], slab.state[n]) for n in beside)
 
 
 def _of_key(state: State, k: int) -> State:

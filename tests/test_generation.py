@@ -7,6 +7,9 @@ import torch
 from tiny import build, padded, texts
 
 import distcache as dc
+from distcache.entries import Slab
+from distcache.staged import Staged
+from distcache.strategies import Columns, Value
 
 transformers = pytest.importorskip("transformers")
 
@@ -440,3 +443,21 @@ def test_the_model_generates_what_it_would_have_generated_and_is_left_as_it_was(
         during = generate(model, PROMPTS)
     assert all(map(torch.equal, before, during))
     assert "generate" not in vars(model) and "forward" not in vars(model)
+
+
+def test_states_of_other_cells_are_joined_a_few_times_each_and_not_with_every_pass(monkeypatch):
+    strategy, staged, num_passes = dc.Grouped(dc.Mean(), 64, by="step"), Staged(), 64
+    combine, joined = type(strategy).combine, []
+    monkeypatch.setattr(
+        type(strategy), "combine", lambda self, a, b: joined.append(len(b["cells"])) or combine(self, a, b)
+    )
+    x = torch.randn(num_passes, 2, 3)
+    for step in range(num_passes):
+        columns = Columns({"sample": torch.arange(2), "position": torch.zeros(2), "step": torch.full((2,), step)})
+        state = strategy.take(Value(x[step], rows=True, columns=columns))
+        staged.fold(Slab(("k",), strategy, {name: t.unsqueeze(0) for name, t in state.items()}, torch.float32))
+    assert len(staged.slabs) == 1 and sum(joined) == num_passes * 6 / 2  # log2(64) levels, not 64 · 64 / 2
+    cache = dc.ActivationCache()
+    cache._take_pass(staged.slabs, staged.in_order(), ["k"], 2, None, raw=True)
+    torch.testing.assert_close(cache["k"], x.mean(1))
+    assert cache.count("k").tolist() == [2] * num_passes

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from distcache.attention.taps import AttentionCall
+from distcache.attention.taps import AttentionCall, check_square
 from distcache.errors import SiteError
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -123,11 +123,7 @@ def _describe(module: nn.Module, given: Mapping[str, Any]) -> AttentionCall:
             f"{where}: expected queries and keys [B, H, S, D], got {tuple(query_bhqd.shape)} and "
             f"{tuple(key_bhkd.shape)}: heads that are folded into the batch can't be told from samples."
         )
-    if query_bhqd.shape[2] != key_bhkd.shape[2]:
-        raise SiteError(
-            f"{where}: expected as many queries as keys, got {query_bhqd.shape[2]} queries and {key_bhkd.shape[2]} "
-            "keys. Averaged patterns during cached decoding and of cross-attention are not supported yet."
-        )
+    check_square(where, query_bhqd.shape[2], key_bhkd.shape[2])
     if mask is not None:
         mask = _four_dims(mask)
     scale = given.get("scale")

@@ -206,12 +206,7 @@ def _describe(
         # The same with padding: keys that the mask hides from every query aren't part of the texts.
         key_bhkd, mask, num_keys = key_bhkd[:, :, :num_queries], mask[..., :num_queries], num_queries
         position_bias = None if position_bias is None else position_bias[..., :num_queries]
-    if num_queries != num_keys:
-        raise SiteError(
-            f"{where}: expected as many queries as keys, got {num_queries} queries and {num_keys} keys. "
-            f"Averaged patterns during cached decoding (and of cross-attention) are not supported yet: "
-            f"record a forward pass over whole texts, with use_cache=False."
-        )
+    check_square(where, num_queries, num_keys)
 
     sinks = options.get("s_aux") if options.get("s_aux") is not None else options.get("sinks")
     if sinks is not None and sinks.numel() != query_bhqd.shape[1]:
@@ -232,6 +227,16 @@ def _describe(
         position_bias=position_bias,
         sinks=None if sinks is None else sinks.reshape(-1),
     )
+
+
+def check_square(where: str, num_queries: int, num_keys: int) -> None:
+    """`SiteError` unless every token is a query and a key."""
+    if num_queries != num_keys:
+        raise SiteError(
+            f"{where}: expected as many queries as keys, got {num_queries} queries and {num_keys} keys. "
+            f"Averaged patterns during cached decoding (and of cross-attention) are not supported yet: "
+            f"record a forward pass over whole texts, with use_cache=False."
+        )
 
 
 @functools.lru_cache(maxsize=256)
