@@ -8,6 +8,7 @@ its fastest. Accumulators exist before anything is timed or measured. All candid
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -50,9 +51,11 @@ def models_on(device: torch.device, options: dict[str, Any], size: int) -> tuple
     config = LlamaConfig(vocab_size=8192, max_position_embeddings=size, **options)
     model = LlamaModel(config).to(device, dtype).eval()
     with torch.device("meta"):
-        eager = LlamaModel._from_config(config, attn_implementation="eager", dtype=dtype).eval()
+        # With a configuration of its own, or both models would be eager.
+        eager = LlamaModel._from_config(copy.deepcopy(config), attn_implementation="eager", dtype=dtype).eval()
     eager.load_state_dict(model.state_dict(), assign=True)
     eager.rotary_emb = model.rotary_emb  # whose buffers are no part of a state
+    assert (model.config._attn_implementation, eager.config._attn_implementation) == ("sdpa", "eager")
     return model, eager
 
 

@@ -31,7 +31,8 @@ from distcache.entries import (
     registered,
     taken,
 )
-from distcache.errors import DuplicateSamples
+from distcache.errors import DistcacheError, DuplicateSamples
+from distcache.interrupts import held_interrupts
 from distcache.join import Join, Renumber
 from distcache.ledger import IntervalSet, Ledger, samples_of
 from distcache.schema import DIGEST_MODULUS, KeySchema, strategy_facts
@@ -380,7 +381,7 @@ class ActivationCache:
             return torch.tensor(rows.num_read)
         if self._entries[key] is not REDUCED or "count" not in self._arena.entries[key].slots:
             raise ValueError(f"{key!r} is not a reduced value, so nothing was counted behind it.")
-        count, value = self._arena.state(key)["count"], self._value(key)
+        count, value = self._arena.entries[key].strategy.counts(self._arena.state(key)), self._value(key)
         shape = max((tensor.shape for tensor in leaves(value)), key=len)
         return count[tuple(map(slice, shape[: count.dim()]))].clone()
 
@@ -612,6 +613,7 @@ class ActivationCache:
         if samples is None:
             self._num_samples += other._num_samples
 
+    @held_interrupts()
     def _apply(self, join: Join, order: Iterable[str]) -> None:
         """Do what was planned; new keys come in the given order."""
         made: list[str] = []
@@ -630,7 +632,10 @@ class ActivationCache:
             if key in coming:
                 self._entries[key] = REDUCED if key in self._arena else RawEntry([])
         for slab in join.slabs:
-            self._arena.fold(slab.keys, slab.state)
+            if slab.adds is None:
+                self._arena.fold(slab.keys, slab.state)
+            else:
+                self._add(slab.keys, slab.adds)
             for key in slab.keys:
                 self._entries[key] = REDUCED
         for entry, state in join.grown:
@@ -641,6 +646,17 @@ class ActivationCache:
             raw = self._entries[key]
             assert isinstance(raw, RawEntry)
             raw.values.extend(values)
+
+    def _add(self, keys: tuple[str, ...], adds: Callable[[State], None]) -> None:
+        """Have a state that isn't computed yet added."""
+        try:
+            self._arena.add(keys, adds)
+        except Exception as error:  # such as a GPU that has no memory for what is computed on the way
+            raise DistcacheError(
+                f"what a pass gives {keys[0]!r} was added in part, and keys after it have none of it "
+                f"({type(error).__name__}: {error}): their values mean nothing any more. Make a new cache, and take "
+                "smaller batches."
+            ) from error
 
     @property
     def _receiving(self) -> ActivationCache:

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 import queue
-import signal
 import socket
 import threading
 import time
@@ -30,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distcache.errors import PeerFailed
+from distcache.interrupts import held_interrupts
 
 log = logging.getLogger("distcache")
 
@@ -50,27 +50,6 @@ class StoreLost(RuntimeError):
 
 class CommFailed(RuntimeError):
     """A collective failed or made no progress; the private groups are spent and must be made anew."""
-
-
-@contextlib.contextmanager
-def held_interrupts() -> Iterator[Poll]:
-    """Ctrl-C waits until the function this yields is called, or the end: never between lines that belong together."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield lambda: None
-        return
-    caught: list[tuple[int, Any]] = []
-
-    def let_through() -> None:
-        if caught:
-            before(*caught.pop())
-
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
-    try:
-        yield let_through
-    finally:
-        signal.signal(signal.SIGINT, before)
-        let_through()
 
 
 # -- the store -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,12 +60,26 @@ Entry = RawEntry | KeptEntry | ReducedEntry | LazyEntry
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slab:
-    """A state for several keys at once: every field has a leading dim of len(keys)."""
+    """A state for several keys at once: every field has a leading dim of len(keys).
+
+    `adds`: of a state that isn't computed yet, what adds it to a state of at least its extents; `state` then says the
+    shapes, dtypes and the device that it will have, in fields that take no memory and mean nothing.
+    """
 
     keys: tuple[str, ...]
     strategy: Fieldwise
     state: State
     result: torch.dtype
+    adds: Callable[[State], None] | None = None
+
+    def computed(self) -> Slab:
+        """The same, with a state that is computed."""
+        if self.adds is None:
+            return self
+        with torch.inference_mode(False):
+            state = {name: torch.zeros(x.shape, dtype=x.dtype, device=x.device) for name, x in self.state.items()}
+            self.adds(state)
+        return replace(self, state=state, adds=None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

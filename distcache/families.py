@@ -98,7 +98,7 @@ class Point:
     `heads`: whether the last dim holds query heads or key-value heads side by side. `part`: of what (query heads,
     key-value heads) lie in a fused last dim. `scale`: the path of a number, attribute of a module, by which the model
     multiplies what is seen here before it adds it; 1 where there is none. `layout`: of the value, where it isn't the
-    stream's. `optional`: whether some models of the family have no such module.
+    stream's. `optional`: whether some models of the family, or some blocks, have no such module.
     """
 
     path: str
@@ -118,7 +118,7 @@ class Layout:
     family, whose equations may not hold. `attention`: the modules that transformers hands to its attention functions.
     `head_counts`: an attention module's (query heads, key-value heads). `holds`: what else must be true of a block.
     `layout`: how samples and tokens lie in the stream of an attention module. What has not the attributes that these
-    read is another family.
+    read is another family. `mixed`: whether some blocks have something else in place of attention.
     """
 
     name: str
@@ -130,6 +130,7 @@ class Layout:
     absent: Mapping[str, str] = field(default_factory=dict)
     holds: Callable[[Any], bool] = lambda block: True
     layout: Callable[[Any], Literal["SBD"] | None] = lambda attention: None
+    mixed: bool = False
 
 
 def _without(points: Mapping[str, Point], *names: str) -> dict[str, Point]:
@@ -141,8 +142,17 @@ _NORM_AFTER = {
     "resid_mid": "its blocks normalise after adding, so that nowhere is resid_in + attn_out",
     "final_norm_out": "its blocks end with their own norm: take resid_out of the last layer",
 }
-_UNSEEN = "its attention isn't one that transformers hands out, so that its patterns can't be seen"
-_NO_PATTERNS = {"avg_attn_pattern": _UNSEEN, "pattern": _UNSEEN}
+_UNSEEN = "its attention isn't one that transformers hands out"
+_NO_PATTERNS = {
+    "avg_attn_pattern": f"{_UNSEEN}. Where it is torch's own function (a model of transformers has it by "
+    "attn_implementation='sdpa'), averages go by the module's path: "
+    "Site('{attention}', reduce=AveragePattern(), key='attn_{layer}')",
+    **dict.fromkeys(("pattern", "attn_stats"), f"{_UNSEEN}, so that no more than averages can be had, by its path"),
+}
+_EXPERTS = {
+    "mlp_act": "all of its experts are one module, which shows nothing of what each makes of the tokens that are "
+    "routed to it"
+}
 
 _LLAMA = {
     "embed": Point("{root}embed_tokens", scale="{root}embedding_multiplier"),
@@ -166,6 +176,15 @@ _LLAMA_BLOCK = "input_layernorm self_attn post_attention_layernorm mlp"
 def _llama_heads(attention: Any) -> tuple[int, int]:
     head_dim = attention.head_dim
     return attention.q_proj.out_features // head_dim, attention.k_proj.out_features // head_dim
+
+
+# The children of attention that makes its keys and values, and maybe its queries, of latent vectors.
+_LATENT = "q_proj? q_a_proj? q_a_layernorm? q_b_proj? kv_a_proj_with_mqa kv_a_layernorm kv_b_proj o_proj"
+
+
+def _is_gated(attention: Any) -> bool:
+    """Whether the projection to queries makes as many numbers again."""
+    return bool(attention.q_proj.out_features == 2 * attention.o_proj.in_features)
 
 
 _NEOX = {
@@ -351,10 +370,62 @@ LAYOUTS = (
         attention="{block}.self_attn",
         head_counts=_llama_heads,
         points={**_without(_LLAMA, "mlp_act"), "router_logits": Point("{block}.mlp.gate", layout="ND")},
-        absent={
-            "mlp_act": "all of its experts are one module, which shows nothing of what each makes of the tokens that "
-            "are routed to it"
+        absent=_EXPERTS,
+    ),
+    Layout(  # Phi-3.5-MoE too
+        name="gpt_oss",
+        block="{root}layers.{layer}",
+        children={
+            **_LLAMA_ROOT,
+            "{block}": _LLAMA_BLOCK,
+            "{block}.mlp": "router experts",
         },
+        attention="{block}.self_attn",
+        head_counts=_llama_heads,
+        points={**_without(_LLAMA, "mlp_act"), "router_logits": Point("{block}.mlp.router", layout="ND")},
+        absent=_EXPERTS,
+    ),
+    Layout(  # DeepSeek-V2, GLM-4-MoE-Lite and Mistral 4 too
+        name="deepseek_v3",
+        block="{root}layers.{layer}",
+        children={**_LLAMA_ROOT, "{block}": _LLAMA_BLOCK},
+        attention="{block}.self_attn",
+        head_counts=lambda a: (a.num_heads, a.num_heads),
+        points={
+            **_without(_LLAMA, "keys", "values", "mlp_act"),
+            "queries": Point("{block}.self_attn.q_b_proj", heads="query", optional=True),
+        },
+        absent={
+            **dict.fromkeys(
+                ("keys", "values"),
+                "one projection makes both of a latent vector, and a part of the keys is made elsewhere",
+            ),
+            **_EXPERTS,
+        },
+        holds=lambda block: _has(block.self_attn, _LATENT.split()),
+    ),
+    Layout(  # Qwen 3.5 too
+        name="qwen3_next",
+        block="{root}layers.{layer}",
+        children={
+            **_LLAMA_ROOT,
+            "{block}": "input_layernorm self_attn? linear_attn? post_attention_layernorm mlp",
+        },
+        attention="{block}.self_attn",
+        head_counts=lambda a: (a.o_proj.in_features // a.head_dim, a.k_proj.out_features // a.head_dim),
+        points={
+            **{
+                name: replace(point, optional=".self_attn" in point.path)
+                for name, point in _without(_LLAMA, "mlp_act").items()
+            },
+            # Each head's query, and what its attention is multiplied by.
+            "queries": Point(
+                "{block}.self_attn.q_proj", heads="query", part=lambda h, _: Part(h, 2, 0, 1), optional=True
+            ),
+        },
+        absent=_EXPERTS,
+        holds=lambda block: hasattr(block, "linear_attn") or _is_gated(block.self_attn),
+        mixed=True,
     ),
     Layout(
         name="gpt2",
@@ -580,9 +651,10 @@ class Family:
         whole = self.plain(name).removeprefix("head_")
         why = self.layout.absent.get(whole)
         point = self.layout.points.get(whole)
-        if point is not None and any(path not in self.modules for path in self.paths(point.path)):
+        if point is not None and not self.present(point.path):
             why = f"this model has no {self.paths(point.path)[0]}"
         if why is not None:
+            why = why.replace("{attention}", self.path(self.layout.attention))
             raise SiteError(f"site {name!r}: the family {self.name} has no such point: {why}.")
 
     def path(self, template: str, layer: int | None = None) -> str:
@@ -594,6 +666,21 @@ class Family:
         """The paths that a template means: one, or one per layer."""
         layers: Sequence[int | None] = range(self.num_layers) if "{layer}" in self.path(template) else [None]
         return [self.path(template, layer) for layer in layers]
+
+    def present(self, template: str) -> list[str]:
+        """Those of its paths that the model has a module at: not all where blocks are mixed."""
+        return [path for path in self.paths(template) if path in self.modules]
+
+    def module(self, name: str, template: str, layer: int | None) -> nn.Module:
+        """The module of a named site, of a layer if it has layers. `SiteError` for a layer that has something else."""
+        path = self.path(template, layer)
+        if path not in self.modules:
+            there = [n for n in range(self.num_layers) if self.path(template, n) in self.modules]
+            raise SiteError(
+                f"site {name!r}: in the family {self.name} some layers have other parts than others, and there is no "
+                f"{path}: of {self.num_layers} layers those in layers={there} have it."
+            )
+        return self.modules[path]
 
     def heads(self, point: Point) -> int:
         """How many heads lie side by side at a point."""
@@ -609,7 +696,7 @@ class Family:
 
     def value_layout(self, point: Point) -> Literal["SBD", "ND"] | None:
         """How samples and tokens lie in a point's value; None for what is usual."""
-        return point.layout or self.layout.layout(self.modules[self.path(self.layout.attention, 0)])
+        return point.layout or self.layout.layout(self.modules[self.present(self.layout.attention)[0]])
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -702,10 +789,15 @@ def family_of(model: nn.Module, families: Sequence[Family], site: str) -> Family
         return named[0]
     several = named or families
     if not several:
+        advice = "Name modules by their paths: {'resid_out_{layer}': 'model.layers.{layer}'}."
+        if site.endswith(("pattern", "attn_stats")):
+            advice = (
+                "If it has attention, by torch's own function, attn_implementation='sdpa', averages of patterns go by "
+                "the modules' path: Site('model.layers.{layer}.attn', reduce=AveragePattern(), key='attn_{layer}')."
+            )
         raise SiteError(
             f"site {site!r} is no module of {type(model).__name__}, whose structure is none of the families that named "
-            f"sites are known for ({', '.join(layout.name for layout in LAYOUTS)}). Name modules by their paths: "
-            "{'resid_out_{layer}': 'model.layers.{layer}'}."
+            f"sites are known for ({', '.join(layout.name for layout in LAYOUTS)}). {advice}"
         )
     where = ", ".join(f"{family.name} at {family.path('{block}', 0)!r}" for family in several)
     if named:
@@ -728,7 +820,7 @@ def _fitted(layout: Layout, root: str, modules: Mapping[str, nn.Module]) -> Fami
         return None
     try:
         holds = all(layout.holds(modules[path]) for path in family.paths("{block}"))
-        counts = {layout.head_counts(modules[path]) for path in family.paths(layout.attention)}
+        counts = {layout.head_counts(modules[path]) for path in family.present(layout.attention)}
     except AttributeError:
         return None
     if not holds or len(counts) != 1:
@@ -746,7 +838,8 @@ def _fits(family: Family) -> bool:
             module = modules.get(path)
             if module is None or not _has(module, names.split()) or _scales(module, multipliers):
                 return False
-    needed = [layout.attention, *(point.path for point in layout.points.values() if not point.optional)]
+    needed = [point.path for point in layout.points.values() if not point.optional]
+    needed += [] if layout.mixed else [layout.attention]
     return all(path in modules for template in needed for path in family.paths(template))
 
 

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +28,7 @@ from distcache.families import module_paths, named_modules, wrapped
 from distcache.generation import Generation, begun, token_ids_of, tokens_held
 from distcache.memory import available_bytes, human
 from distcache.midst import FUSED, Offload, apart, check_stop, device_of, eager, modules_called, recomputing, replaced
-from distcache.patterns import room_nbytes, shown_patterns
+from distcache.patterns import Waiting, room_nbytes, shown_patterns
 from distcache.sites import AttentionTarget, Sites, Target, resolve_sites
 from distcache.staged import Staged
 from distcache.strategies import Fieldwise, Strategy, Value
@@ -179,6 +180,7 @@ class _Recorder:
         self.generating = False
         self.went_on = False  # whether any text was
         self.staged = Staged()
+        self.waiting = Waiting()
         self.seen_in: dict[int, Stream] = {}  # by the id of a target: where it has reported
         # Of the pass that is under way:
         self.inside: nn.Module | None = None  # the root that was called
@@ -275,6 +277,7 @@ class _Recorder:
         self.given = dataclasses.replace(given, first=self._sink()._num_samples)
         self.samples, self.counted, self.step = None, False, 0
         self.staged, self.seen_in = Staged(), {}
+        self.waiting.begin()
         self.past = {stream.name: dataclasses.replace(past) for stream in self.streams if stream.goes_on}
 
     def _generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -390,7 +393,7 @@ class _Recorder:
         self.running.append((stream, batch))
         self.latest = self.running[-1]
         if self.attention and isinstance(batch, Batch) and batch.num_tokens is not None and self.step <= 0:
-            self._check_room(batch.longest)
+            self._check_room(batch)
 
     def _before_stream(self, stream: Stream) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -453,7 +456,7 @@ class _Recorder:
                     f"{(batch.num_samples, batch.num_tokens)}: which are whose isn't known."
                 )
             with apart(call.query_bhqd.device):
-                for found in shown_patterns(target, call, batch):
+                for found in shown_patterns(target, call, batch, self.waiting):
                     if isinstance(found, Slab):
                         self.staged.fold(found)
                     else:
@@ -515,8 +518,9 @@ class _Recorder:
         shown = ", ".join(silent[:6]) + (f" and {len(silent) - 6} more" if len(silent) > 6 else "")
         raise SiteError(
             f"{len(silent)} of {len(self.expected)} sites reported nothing in this forward pass: {shown}. "
-            "The model did not run these modules (or their attention isn't one that transformers hands out, or another "
-            "block's stop=True ended the pass); give Site(…, optional=True) to those that may be left out."
+            "The model did not run these modules (or their attention is computed elsewhere: a named site sees what "
+            "transformers hands out, a path torch's scaled_dot_product_attention, as of attn_implementation='sdpa'; or "
+            "another block's stop=True ended the pass); give Site(…, optional=True) to those that may be left out."
         )
 
     def _must_report(self, target: Target | AttentionTarget) -> bool:
@@ -549,22 +553,25 @@ class _Recorder:
 
     # -- memory ------------------------------------------------------------------------------------------------
 
-    def _check_room(self, longest: int | None) -> None:
-        """`TooLarge` if the sums of patterns that a pass of texts this long still has to make would not fit.
+    def _check_room(self, batch: Batch | None) -> None:
+        """`TooLarge` if what a pass of such texts still has to make of attention would not fit.
 
-        None: before any pass, when only the sums of a fixed size are known. `SiteError` for texts beyond that size.
+        None: before any pass, when only what has a fixed size is known. `SiteError` for texts beyond that size.
         """
-        held, need = self._sink()._arena, dict[torch.device, int]()
+        held, need, once = self._sink()._arena, Counter[torch.device](), Counter[torch.device]()
         asked = list(itertools.chain.from_iterable(self.attention.values()))
         for target in asked:
             device = device_of(target.module)
-            need[device] = need.get(device, 0) + room_nbytes(target, held, longest)
+            nbytes, computing = room_nbytes(target, held, device, batch)
+            need[device] += nbytes
+            once[device] = max(once[device], computing)
         for device, nbytes in need.items():
-            free = available_bytes(device)
+            free, nbytes = available_bytes(device), nbytes + once[device]
             if nbytes > free:
                 raise TooLarge(
-                    f"averaged attention of {len(asked)} layers × {asked[0].num_heads} heads needs {human(nbytes)} "
-                    f"more on {device}, {human(free)} are free. Take fewer layers or heads, "
-                    "Site('avg_attn_pattern', layers=[…], heads=[…]), shorter texts, statistics, 'attn_stats', or "
-                    "AveragePattern(accumulate=torch.float32)."
+                    f"attention of {len(asked)} layers × {asked[0].num_heads} heads needs {human(nbytes)} more on "
+                    f"{device}, {human(free)} are free. Take fewer layers or heads, Site('avg_attn_pattern', "
+                    "layers=[…], heads=[…]), fewer queries or keys, such as queries=slice(-8, None), align='end', "
+                    "shorter texts, AveragePattern(accumulate=torch.float32), or statistics instead of maps, "
+                    "Site('attn_stats', stats=[…])."
                 )

@@ -72,6 +72,7 @@ class Join:
             self.slabs.append(slab)
             self.reduced.extend(slab.keys)
             return
+        slab = slab.computed()
         for k, key in enumerate(slab.keys):
             self._add_own(key, slab.strategy, self._held(key))
             self._add_state(key, slab.strategy, {name: tensor[k] for name, tensor in slab.state.items()}, slab.result)

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from distcache import codec
 from distcache.cache import ActivationCache
-from distcache.comm import Communicator, StoreLost, Transfer, held_interrupts
+from distcache.comm import Communicator, StoreLost, Transfer
 from distcache.entries import REDUCED, KeptEntry, copied, registered
 from distcache.errors import DuplicateSamples, MergeInDoubt, SchemaMismatch, TooLarge
+from distcache.interrupts import held_interrupts
 from distcache.join import Renumber
 from distcache.ledger import Ledger
 from distcache.memory import available_bytes, human

@@ -1,68 +1,253 @@
 """From an attention call to what sites keep of it: sums of patterns, statistics, each sample's pattern.
 
-Legend of names: b samples, h heads, s aligned positions, l a sample's tokens.
+Legend of names: b samples, h heads, q queries, k keys, g cells, l a sample's tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from distcache.attention import AttentionCall, pattern, pattern_statistics, pattern_sum, state_bytes
+from distcache.attention import (
+    AttentionCall,
+    check,
+    pattern,
+    pattern_statistics,
+    pattern_sum,
+    scratch_bytes,
+    state_bytes,
+    sum_scratch_bytes,
+)
 from distcache.entries import Shown, Slab
 from distcache.errors import SchemaMismatch, SiteError
 from distcache.segments import Arena, capacity, fits
 from distcache.sites import AttentionTarget
-from distcache.strategies import AveragePattern, Extend, Fieldwise, Value
+from distcache.strategies import AveragePattern, Extend, Fieldwise, Grouped, State, Value
+from distcache.strategies.positions import positions
 from distcache.tokens import Batch
 
 
-def shown_patterns(target: AttentionTarget, call: AttentionCall, batch: Batch) -> Iterator[Slab | Shown]:
+class Waiting:
+    """Q and K that wait for the end of a pass. Their memory is the next pass's too: on a CPU, to touch fresh pages for
+    them slowed the model down by 2 in 100.
+    """
+
+    def __init__(self) -> None:
+        self._room: dict[tuple[int, str], Tensor] = {}
+        self.beside: set[int] = set()  # masks and biases that calls keep alive, by address
+
+    def begin(self) -> None:
+        """Nothing waits any more."""
+        self.beside.clear()
+
+    def copied(self, target: AttentionTarget, call: AttentionCall) -> tuple[AttentionCall, tuple[int, ...] | None]:
+        """A call that holds when the model has gone on, and may have written to what it showed; and which of its heads
+        are meant.
+        """
+        q_bhqd, k_bhkd, sinks, heads = call.query_bhqd, call.key_bhkd, call.sinks, target.heads
+        if heads is not None and _are_picked(call, heads):
+            shared = q_bhqd.shape[1] // k_bhkd.shape[1]
+            q_bhqd = torch.stack([q_bhqd[:, head] for head in heads], 1)
+            k_bhkd = torch.stack([k_bhkd[:, head // shared] for head in heads], 1)
+            sinks = None if sinks is None else torch.stack([sinks[head] for head in heads])
+            heads = None
+        else:
+            q_bhqd, k_bhkd = self._copy(target, "q", q_bhqd), self._copy(target, "k", k_bhkd)
+        return dataclasses.replace(call, query_bhqd=q_bhqd, key_bhkd=k_bhkd, sinks=sinks), heads
+
+    def _copy(self, target: AttentionTarget, name: str, x: Tensor) -> Tensor:
+        held = self._room.get((id(target), name))
+        if held is None or held.shape != x.shape or held.dtype != x.dtype or held.device != x.device:
+            held = None  # before there is more
+            self._room.pop((id(target), name), None)
+            with torch.inference_mode(False):
+                self._room[id(target), name] = held = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return held.copy_(x)
+
+
+def shown_patterns(
+    target: AttentionTarget, call: AttentionCall, batch: Batch, waiting: Waiting
+) -> Iterator[Slab | Shown]:
     """What one attention call gives a site, before the model goes on."""
-    spans, strategy = batch.spans, target.strategy
+    spans, strategy, site = batch.spans, target.strategy, target.site
     if target.stats:
         assert isinstance(strategy, Fieldwise)
-        found = pattern_statistics(call, spans, target.stats, columns=batch.columns, heads=target.heads)
+        found = pattern_statistics(
+            call, spans, target.stats, columns=batch.columns, heads=target.heads, queries=site.queries, align=site.align
+        )
         for key, value in zip(target.keys, found.values(), strict=True):
             # A sample's value weighs as much as the queries that it is of: never a mean of means.
             value = dataclasses.replace(value, columns=batch.per_sample)
             state = {name: tensor.unsqueeze(0) for name, tensor in strategy.take(value).items()}
             yield Slab((key,), strategy, state, strategy.result_dtype(value.data.dtype))
-    elif isinstance(strategy, AveragePattern):
-        lengths = torch.tensor([stop - start for start, stop in spans])
-        size = max(lengths.tolist(), default=0)
-        total_hss = pattern_sum(call, spans, size, heads=target.heads)
-        count_s1 = (lengths[:, None] > torch.arange(size)).sum(0)[:, None].to(total_hss.device)
-        state = {"total": total_hss, "count": count_s1.expand(len(total_hss), size, 1)}
-        if target.whole:
-            state = {name: tensor.unsqueeze(0) for name, tensor in state.items()}
-        yield Slab(target.keys, strategy, state, strategy.result_dtype(call.query_bhqd.dtype))
+    elif isinstance(strategy, Fieldwise):
+        yield _averaged(target, strategy, call, batch, waiting)
     else:
-        patterns = [pattern(call, spans, b, heads=target.heads) for b in range(batch.num_samples)]
+        patterns = [
+            pattern(call, spans, b, heads=target.heads, queries=site.queries, keys=site.keys, align=site.align)
+            for b in range(batch.num_samples)
+        ]
         for k, key in enumerate(target.keys):
-            one_each = [pattern_hll[k] for pattern_hll in patterns]
+            one_each = [pattern_hqk[k] for pattern_hqk in patterns]
             yield Shown(key, Value(one_each, columns=batch.per_sample), Extend())
 
 
-def room_nbytes(target: AttentionTarget, held: Arena, longest: int | None) -> int:
-    """Bytes that a site's accumulators still have to take, and its sums of a pass, for texts this long.
+def _averaged(
+    target: AttentionTarget, strategy: Fieldwise, call: AttentionCall, batch: Batch, waiting: Waiting
+) -> Slab:
+    """The state of an average: computed when it's added to what is held, if Q and K take less room until then."""
+    sums = _Sums.of(target, strategy, call, batch)
+    slab = Slab(target.keys, strategy, sums.stand_in(), strategy.result_dtype(call.query_bhqd.dtype), sums.add_to)
+    beside = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _beside(call)}
+    kept_bytes = _kept_bytes(call, target.heads)
+    kept_bytes += sum(nbytes for place, nbytes in beside.items() if place not in waiting.beside)
+    if kept_bytes >= slab.state["total"].numel() * 4:
+        return slab.computed()
+    waiting.beside.update(beside)
+    later, heads = waiting.copied(target, call)
+    return dataclasses.replace(slab, adds=dataclasses.replace(sums, call=later, heads=heads).add_to)
 
-    `longest`: None before any pass, when only sums of a fixed size are known. `SiteError` for texts beyond that size.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sums:
+    """The sums of the patterns of a call's samples, all in one or by cell.
+
+    `spans_of`: by cell, or by None for all in one, the spans, empty for samples that aren't in it. `whole`: one key has
+    all heads.
     """
-    strategy, num_heads = target.strategy, target.num_heads
-    if target.stats:
-        return 0 if longest is None else state_bytes(target.stats, num_heads) * (1 if target.keys[0] in held else 2)
-    if not isinstance(strategy, AveragePattern) or (longest is None and strategy.size is None):
-        return 0
-    size = longest or 0
+
+    strategy: Fieldwise
+    call: AttentionCall
+    spans_of: Mapping[int | None, Sequence[tuple[int, int]]]
+    heads: tuple[int, ...] | None
+    size: int
+    whole: bool
+
+    @classmethod
+    def of(cls, target: AttentionTarget, strategy: Fieldwise, call: AttentionCall, batch: Batch) -> _Sums:
+        check(call, batch.spans, batch.longest, target.heads)
+        spans_of: dict[int | None, Sequence[tuple[int, int]]] = {None: batch.spans}
+        if isinstance(strategy, Grouped):
+            try:
+                of_b = strategy.cells(batch.per_sample, batch.num_samples).tolist()
+            except (TypeError, ValueError) as error:
+                raise SiteError(f"site {target.where}: {error}") from error
+            spans_of = {
+                cell: [span if of_b[b] == cell else (0, 0) for b, span in enumerate(batch.spans)]
+                for cell in sorted(set(of_b) - {-1})
+            }
+        return cls(strategy, call, spans_of, target.heads, batch.longest, target.whole)
+
+    @property
+    def average(self) -> AveragePattern:
+        return averaging(self.strategy)
+
+    def stand_in(self) -> State:
+        """Shapes and dtypes of the state, in tensors that take no memory."""
+        num_heads = self.call.query_bhqd.shape[1] if self.heads is None else len(self.heads)
+        device, found = self.call.query_bhqd.device, {}
+        for name, shape in _shapes(self.strategy, num_heads, self.size, self.whole).items():
+            dtype = torch.float32 if name == "total" else torch.int64
+            found[name] = torch.zeros((), dtype=dtype, device=device).expand(1 if self.whole else num_heads, *shape)
+        return found
+
+    def add_to(self, state: State) -> None:
+        """Adds them to a state of at least these extents."""
+        average = self.average
+        for cell, spans in self.spans_of.items():
+            mine = state if cell is None else {name: x[:, cell] for name, x in state.items()}
+            mine = {name: x[0] if self.whole else x for name, x in mine.items()}
+            q, k = (len(positions(which, self.size, average.align)) for which in (average.queries, average.keys))
+            total_hqk = mine["total"][:, :q, :k]
+            pattern_sum(
+                self.call,
+                spans,
+                self.size,
+                heads=self.heads,
+                queries=average.queries,
+                keys=average.keys,
+                align=average.align,
+                into_hqk=total_hqk,
+            )
+            counts = average.counted([stop - start for start, stop in spans], self.size, total_hqk.device)
+            for name, count in counts.items():
+                room = mine[name][:, : count.shape[0], : count.shape[1]]
+                room += count
+
+
+def averaging(strategy: Fieldwise) -> AveragePattern:
+    """The average that a site makes, of each cell or of all."""
+    inner = strategy.strategy if isinstance(strategy, Grouped) else strategy
+    assert isinstance(inner, AveragePattern)
+    return inner
+
+
+def _shapes(strategy: Fieldwise, num_heads: int, size: int, whole: bool) -> dict[str, tuple[int, ...]]:
+    """The shape of one key's fields, of texts of at most `size` tokens."""
+    average = averaging(strategy)
+    q, k = (len(positions(which, size, average.align)) for which in (average.queries, average.keys))
+    before = (*([strategy.size] if isinstance(strategy, Grouped) else []), *([num_heads] if whole else []))
+    shapes = {"total": (*before, q, k), "count": (*before, q, 1), "keys": (*before, 1, k)}
+    return {name: shape for name, shape in shapes.items() if name != "keys" or not average.is_whole}
+
+
+def _beside(call: AttentionCall) -> list[Tensor]:
+    """What a call has beside Q and K that may be large, and that layers may share."""
+    return [x for x in (call.mask, call.position_bias) if x is not None]
+
+
+def _are_picked(call: AttentionCall, heads: Sequence[int] | None) -> bool:
+    """Whether these heads alone are kept: fewer than key heads, where nothing else goes by heads."""
+    if heads is None or len(heads) >= call.key_bhkd.shape[1]:
+        return False
+    return all(x.dim() < 4 or x.shape[1] == 1 for x in _beside(call))
+
+
+def _kept_bytes(call: AttentionCall, heads: Sequence[int] | None) -> int:
+    """What Q and K take while they wait."""
+    q_bytes, k_bytes = call.query_bhqd.nbytes, call.key_bhkd.nbytes
+    if heads is None or not _are_picked(call, heads):
+        return q_bytes + k_bytes
+    return len(heads) * (q_bytes // call.query_bhqd.shape[1] + k_bytes // call.key_bhkd.shape[1])
+
+
+def room_nbytes(target: AttentionTarget, held: Arena, device: torch.device, batch: Batch | None) -> tuple[int, int]:
+    """(bytes that a site's accumulators still have to take and what it keeps until a pass returns; bytes that it needs
+    while it computes, which sites need one after the other), for a batch, or before any.
+
+    `SiteError` for texts beyond the size that was said.
+    """
+    strategy, num_heads, site = target.strategy, target.num_heads, target.site
+    if not isinstance(strategy, Fieldwise) or (batch is None and (target.stats or not averaging(strategy).groupable)):
+        return 0, 0
+    head_dim = int(getattr(target.module, "head_dim", 128))
+    computing = 0
+    if batch is not None:
+        rows = len(positions(site.queries, batch.longest, site.align))
+        of_batch = (batch.num_samples, num_heads, batch.longest, head_dim, device)
+        if target.stats:
+            computing = scratch_bytes(target.stats, *of_batch, num_queries=rows)
+            return state_bytes(target.stats, num_heads) * (1 if target.keys[0] in held else 2), computing
+        computing = sum_scratch_bytes(*of_batch, num_queries=rows)
+    average = averaging(strategy)
+    longest = (average.size or 2**31) if batch is None else batch.longest
+    shapes = _shapes(strategy, num_heads, longest, target.whole)
     try:
-        total, count = capacity(strategy, "total", (size, size)), capacity(strategy, "count", (size, 1))
+        rooms = {name: capacity(strategy, name, shape) for name, shape in shapes.items()}
     except SchemaMismatch as error:
         raise SiteError(f"site {target.where}: {error} Cut the texts, or give a larger size.") from error
-    grown = math.prod(total) * (strategy.accumulate or torch.float64).itemsize + math.prod(count) * 8
-    if target.keys[0] in held and fits(total, held.capacities(target.keys[0])["total"][-2:]):
+    dtype = average.accumulate or torch.float64
+    grown = sum(math.prod(room) * (dtype.itemsize if name == "total" else 8) for name, room in rooms.items())
+    grown *= len(target.keys)
+    if target.keys[0] in held and fits(rooms["total"], held.capacities(target.keys[0])["total"]):
         grown = 0
-    return num_heads * (grown + size * size * 4)  # float32 until the pass returns
+    if batch is None or batch.num_tokens is None:
+        return grown, computing
+    # Q and K of all heads, which are kept where that is less.
+    waiting = batch.num_samples * batch.num_tokens * 2 * num_heads * head_dim * 4
+    return grown + min(len(target.keys) * math.prod(shapes["total"]) * 4, waiting), computing

@@ -443,6 +443,12 @@ class Arena:
             mine = self.state(key)
             self.entries[key].strategy.fold_(mine, _on({name: tensor[i] for name, tensor in state.items()}, mine))
 
+    def add(self, keys: Sequence[str], adds: Callable[[State], None]) -> None:
+        """Have a state that isn't computed yet added to a slab that has room for it."""
+        together = self.slab(keys)
+        assert together is not None
+        adds(together)
+
     def check(
         self,
         key: str,
@@ -726,12 +732,12 @@ def capacity(strategy: Fieldwise, field: str, shape: tuple[int, ...]) -> tuple[i
 
     `SchemaMismatch` where `size` is exceeded.
     """
-    may_grow = strategy.ragged_dims(field, len(shape))
+    may_grow, limits = strategy.ragged_dims(field, len(shape)), strategy.limits(field, len(shape))
     room = list(shape)
     for dim, (n, grows) in enumerate(zip(shape, may_grow, strict=True)):
         if not grows:
             continue
-        limit = strategy.size[dim] if isinstance(strategy.size, tuple) else strategy.size
+        limit = limits[dim]
         if limit is None:
             room[dim] = -(-n // RAGGED_STEP) * RAGGED_STEP
         elif n > limit:

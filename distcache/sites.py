@@ -15,6 +15,7 @@ from distcache.attention import Statistic, as_statistics
 from distcache.errors import SiteError
 from distcache.families import Family, Part, family_of, find_families, module_paths
 from distcache.strategies import AveragePattern, Columns, Fieldwise, Grouped, Mean, Strategy, as_strategy, describe
+from distcache.strategies.positions import Align, Positions, as_stretch
 from distcache.tokens import Tokens, as_selector
 
 Layout = Literal["BSD", "SBD", "ND"]
@@ -48,6 +49,10 @@ class Site:
         optional: whether the site may report nothing in a pass, as routed experts do.
         key: the key's name, with `{layer}` where the path has it (and `{head}` for heads), or `{path}` for the path.
         heads: of an attention site: only these query heads; None for all.
+        queries, keys: of an attention site: only these positions of queries and of keys, a slice or a range; None for
+            all. Weights are of whole rows in any case. Of statistics queries alone.
+        align: where these positions count from, and what averages are aligned at: 0, 1, … from each text's first token,
+            or with "end" …, −2, −1 to its last.
         stats: of "attn_stats": what is asked of patterns, by name ("entropy", "first", "previous", "self", "duplicate",
             "induction", "distance", "pooled") or a `Statistic` (`dc.Distance`, `dc.Pooled`, `dc.ByClass`).
         type: every module of this class, or of these, below the path if there is one; keys are their paths, if `key`
@@ -70,6 +75,9 @@ class Site:
     type: Classes | None = None
     heads: Sequence[int] | None = None
     stats: Sequence[str | Statistic] = ()
+    queries: Positions = None
+    keys: Positions = None
+    align: Align = "start"
 
     def __post_init__(self) -> None:
         if self.name_or_path is None and self.type is None:
@@ -194,14 +202,12 @@ def resolve_sites(model: nn.Module, sites: Sites) -> tuple[list[Target], list[At
     targets: list[Target] = []
     attention: list[AttentionTarget] = []
     for site in _as_sites(sites):
-        if site.type is not None:
-            targets.extend(_typed_targets(paths, site))
-            continue
-        if not site.named.isidentifier() or site.named in paths:
-            if isinstance(site.reduce, AveragePattern):
-                attention.extend(_function_targets(paths, site))
+        if site.type is not None or not site.named.isidentifier() or site.named in paths:
+            found = _path_targets(paths, site) if site.type is None else _typed_targets(paths, site)
+            if any(map(_is_average, site.strategies().values())):
+                attention.extend(_function_targets(site, found))
             else:
-                targets.extend(_path_targets(paths, site))
+                targets.extend(found)
             continue
         families = find_families(model) if families is None else families
         family = family_of(model, families, site.named)
@@ -241,12 +247,10 @@ def _named_targets(family: Family, site: Site) -> list[Target]:
         path = family.path(point.path, layer)
         heads = range(family.heads(point)) if per_head else [0]
         keys = tuple(template.format(layer=layer, head=head) for head in heads)
-        where = f"{name!r} at {path}"
+        module, where = family.module(name, point.path, layer), f"{name!r} at {path}"
         part, layout = family.part(point, layer), family.value_layout(point)
         strategies = site.strategies()
-        found.append(
-            Target(site, family.modules[path], point.io, keys, where, per_head, part, strategies, layout, family.stream)
-        )
+        found.append(Target(site, module, point.io, keys, where, per_head, part, strategies, layout, family.stream))
     return found
 
 
@@ -257,7 +261,7 @@ def _attention_targets(family: Family, site: Site) -> list[AttentionTarget]:
     template = site.key or (f"{name}_{{stat}}_{{layer}}" if stats else f"{name}_L{{layer}}H{{head}}")
     whole = kind == "avg_attn_pattern" and "head" not in _fields(site, template)
     _check_template(site, template, {"layer", "stat"} if stats else {"layer"} if whole else {"layer", "head"})
-    known = ("reduce", "layers", "optional", "key", "heads", *(["stats"] if stats else []))
+    known = ("reduce", "layers", "optional", "key", "heads", "queries", "align", "stats" if stats else "keys")
     if site != Site(name, **{option: getattr(site, option) for option in known}):
         raise SiteError(f"site {name!r} is of whole patterns: only {', '.join(known)} mean something to it.")
     heads = _wanted_heads(site, family.num_heads)
@@ -266,7 +270,7 @@ def _attention_targets(family: Family, site: Site) -> list[AttentionTarget]:
         fields: list[dict[str, Any]]
         fields = [{"stat": stat.name} for stat in stats] if stats else [{}] if whole else [{"head": h} for h in heads]
         keys = tuple(template.format(layer=layer, **field) for field in fields)
-        module = family.modules[family.path(family.layout.attention, layer)]
+        module = family.module(name, family.layout.attention, layer)
         strategy, some = _attention_strategy(site, kind), heads if site.heads is not None else None
         where = f"{name!r} at layer {layer}"
         found.append(AttentionTarget(site, module, keys, where, strategy, some, whole, stats, family.num_heads))
@@ -275,7 +279,9 @@ def _attention_targets(family: Family, site: Site) -> list[AttentionTarget]:
 
 def _attention_strategy(site: Site, kind: str) -> Strategy | None:
     """What an attention site does with patterns; None: each sample's is kept. `SiteError`."""
-    given = None if site.reduce is None else site.strategies().get("")
+    given = site.strategies().get("") if len(site.strategies()) == 1 else None
+    for name in ("queries", "keys"):
+        as_stretch(getattr(site, name), site.align, name)
     if kind == "pattern":
         if site.reduce is not None:
             raise SiteError(
@@ -292,12 +298,28 @@ def _attention_strategy(site: Site, kind: str) -> Strategy | None:
             )
         return found
     found = AveragePattern() if site.reduce is None else given
-    if not isinstance(found, AveragePattern):
+    average = found.strategy if isinstance(found, Grouped) else found
+    if not isinstance(average, AveragePattern):
         raise SiteError(
             f"site {site.named!r} brings its own state, the sum of patterns and the number of samples that have each "
-            "query: leave out reduce=, or give AveragePattern(size=…) to fix the extent."
+            "query: leave out reduce=, or give AveragePattern(size=…) to fix the extent, or Grouped(AveragePattern("
+            "size=…), …) for averages by label."
         )
-    return found
+    if isinstance(found, Grouped) and found.by in ("position", "token_id"):
+        raise SiteError(
+            f"site {site.named!r}: patterns are of whole texts, which have no {found.by}: group them by a column of "
+            "one entry a sample, such as by='label'."
+        )
+    asked: dict[str, Any] = {name: getattr(site, name) for name in ("queries", "keys", "align")}
+    if asked == dict(queries=None, keys=None, align="start"):
+        return found
+    if average != replace(average, queries=None, keys=None, align="start"):
+        raise SiteError(
+            f"site {site.named!r}: say once which positions are averaged: at the site, queries=, keys=, align=, or in "
+            f"its strategy {average}."
+        )
+    average = replace(average, **asked)
+    return replace(found, strategy=average) if isinstance(found, Grouped) else average
 
 
 def _wanted_heads(site: Site, num_heads: int) -> tuple[int, ...]:
@@ -311,15 +333,20 @@ def _wanted_heads(site: Site, num_heads: int) -> tuple[int, ...]:
     return tuple(site.heads)
 
 
-def _function_targets(paths: Mapping[str, tuple[str, nn.Module]], site: Site) -> list[AttentionTarget]:
-    """Modules of a path whose attention goes through torch's own function: `reduce` is an `AveragePattern`."""
-    known = ("name_or_path", "reduce", "layers", "optional", "key", "heads")
+def _is_average(strategy: Strategy | None) -> bool:
+    return isinstance(strategy.strategy if isinstance(strategy, Grouped) else strategy, AveragePattern)
+
+
+def _function_targets(site: Site, found: Sequence[Target]) -> list[AttentionTarget]:
+    """Modules of a path or a class, whose attention goes through torch's own function: `reduce` is an
+    `AveragePattern`.
+    """
+    known = ("name_or_path", "type", "reduce", "layers", "optional", "key", "heads", "queries", "keys", "align")
     if site != Site(**{option: getattr(site, option) for option in known}):
         raise SiteError(f"site {site.named!r} is of whole patterns: only {', '.join(known[1:])} mean something to it.")
     strategy, heads = _attention_strategy(site, "avg_attn_pattern"), None if site.heads is None else tuple(site.heads)
     return [
-        AttentionTarget(site, t.module, t.keys, t.where, strategy, heads, whole=True, by_function=True)
-        for t in _path_targets(paths, site)
+        AttentionTarget(site, t.module, t.keys, t.where, strategy, heads, whole=True, by_function=True) for t in found
     ]
 
 

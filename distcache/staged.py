@@ -79,6 +79,7 @@ def _order(columns: list[Columns]) -> tuple[Tensor, Columns]:
 
 def _joined(before: Slab, slab: Slab) -> Slab | None:
     """Two states of the same keys as one; None where they can't be, which will be said when they are counted."""
+    before, slab = before.computed(), slab.computed()
     strategy, a, b = before.strategy, before.state, slab.state
     if before.result != slab.result or strategy.kinds(a, 1) != strategy.kinds(b, 1):
         return None

@@ -23,12 +23,12 @@ from distcache.comm import (
     StoreLost,
     TorchStore,
     Transfer,
-    held_interrupts,
     init,
     meet,
     open_comm,
 )
 from distcache.errors import PeerFailed
+from distcache.interrupts import held_interrupts
 
 
 def tcp_store() -> dist.TCPStore:

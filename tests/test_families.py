@@ -59,6 +59,15 @@ MIXTRAL = {
     "router_logits": ("layers.{l}.mlp.gate", "output", lambda x: x.view(4, 6, 3)),
 }
 del MIXTRAL["mlp_act"]
+GPT_OSS = {**MIXTRAL, "router_logits": ("layers.{l}.mlp.router", "output", lambda x: x.view(4, 6, 3))}
+DEEPSEEK = {
+    **{site: place for site, place in MIXTRAL.items() if site not in ("keys", "values", "router_logits")},
+    "queries": ("layers.{l}.self_attn.q_b_proj", "output"),
+}
+QWEN_NEXT = {
+    **{site: place for site, place in MIXTRAL.items() if site != "router_logits"},
+    "queries": ("layers.{l}.self_attn.q_proj", "output", lambda x: x.view(4, 6, 4, 16)[..., :8].flatten(-2)),
+}
 GPT2 = {
     "embed": ("drop", "output"),
     "resid_in": ("h.{l}.ln_1", "input"),
@@ -193,6 +202,9 @@ BY_HAND = {
     "olmo2": OLMO2,
     "cohere": COHERE,
     "mixtral": MIXTRAL,
+    "gpt_oss": GPT_OSS,
+    "deepseek_v3": DEEPSEEK,
+    "qwen3_next": QWEN_NEXT,
     "gpt2": GPT2,
     "gpt_neox": NEOX,
     "gpt_neox, one after the other": NEOX_IN_TURN,
@@ -468,6 +480,8 @@ ABSENT = {
     ("gpt_neox", "resid_mid"): "the family gpt_neox has no such point: its blocks add attn_out and mlp_out",
     ("falcon 7b", "resid_mid"): "the family falcon has no such point: its blocks add attn_out and mlp_out",
     ("falcon 7b", "avg_attn_pattern"): "the family falcon has no such point: its attention isn't one that transformers",
+    ("falcon rw", "attn_stats"): "the family falcon, one after the other has no such point: .*no more than averages",
+    ("deepseek_v3", "values"): "the family deepseek_v3 has no such point: one projection makes both of a latent vector",
     ("mixtral", "mlp_act"): "the family mixtral has no such point: all of its experts are one module",
     ("t5", "decoder_resid_mid"): "the family t5 decoder has no such point: between attn_out and mlp_out",
     ("t5", "decoder_cross_keys"): "the family t5 decoder has no such point: they are of the encoder's tokens",
@@ -720,6 +734,7 @@ STRANGERS = {
     "Phi 2, with parallel blocks": ("PhiConfig", LLAMA_LIKE),
     "GPT-2 with cross-attention": ("GPT2Config", {**CONFIGS["gpt2"][1], "add_cross_attention": True}),
     "ELECTRA, which projects embeddings": ("ElectraConfig", {**WIDTH, **WORDS, "embedding_size": 16}),
+    "MiniCPM 3, which scales what it adds": ("MiniCPM3Config", {**LLAMA_LIKE, "num_key_value_heads": 4}),
     "RoBERTa that normalises first": ("RobertaPreLayerNormConfig", {**WIDTH, **WORDS}),
 }
 

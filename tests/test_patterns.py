@@ -140,7 +140,7 @@ def test_statistics_are_refused_before_the_model_runs_where_they_would_not_fit(m
     monkeypatch.setattr(hooks, "available_bytes", lambda device: 100)
     model, ran = build("llama"), []
     model.model.embed_tokens.register_forward_pre_hook(lambda *_: ran.append(1))
-    with pytest.raises(dc.TooLarge, match=r"2 layers × 4 heads needs .* statistics, 'attn_stats'"):
+    with pytest.raises(dc.TooLarge, match=r"attention of 2 layers × 4 heads needs .* fewer queries or keys"):
         recorded(model, [dc.Site("attn_stats", stats=(dc.Pooled(8),))])
     assert ran == []
 

@@ -8,6 +8,16 @@ WIDTH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
 WORDS = dict(vocab_size=64, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 LLAMA_LIKE = {**WIDTH, **WORDS, "num_key_value_heads": 2}
 FALCON = {**WIDTH, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LATENT = dict(
+    num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8,
+    first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+    moe_intermediate_size=16,
+)  # fmt: skip
+GATED = dict(
+    layer_types=["full_attention", "full_attention"], num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16,
+    shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)  # fmt: skip
 CONFIGS = {
     "llama": ("LlamaConfig", LLAMA_LIKE),
     "mistral": ("MistralConfig", {**LLAMA_LIKE, "head_dim": 16, "sliding_window": 4}),
@@ -32,6 +42,12 @@ CONFIGS = {
     "olmo2": ("Olmo2Config", LLAMA_LIKE),
     "cohere": ("CohereConfig", LLAMA_LIKE),
     "mixtral": ("MixtralConfig", {**LLAMA_LIKE, "num_local_experts": 3}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 4, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
+    "deepseek_v3": ("DeepseekV3Config", {**WIDTH, **WORDS, **LATENT}),
+    "qwen3_next": ("Qwen3NextConfig", {**LLAMA_LIKE, **GATED, "head_dim": 8}),
     "gpt2": (
         "GPT2Config",
         dict(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),

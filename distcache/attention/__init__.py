@@ -1,7 +1,7 @@
 """Averaged attention patterns and statistics, exact, from Q and K as the model's own fast attention gets them."""
 
-from distcache.attention.blockwise import pattern
-from distcache.attention.dispatch import pattern_sum
+from distcache.attention.blockwise import check, pattern
+from distcache.attention.dispatch import pattern_sum, sum_scratch_bytes
 from distcache.attention.functions import tap_functions
 from distcache.attention.statistics import (
     ByClass,
@@ -22,11 +22,13 @@ __all__ = [
     "Pooled",
     "Statistic",
     "as_statistics",
+    "check",
     "pattern",
     "pattern_statistics",
     "pattern_sum",
     "scratch_bytes",
     "state_bytes",
+    "sum_scratch_bytes",
     "tap_attention",
     "tap_functions",
 ]

@@ -6,11 +6,12 @@ import functools
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from distcache.attention import blockwise
-from distcache.attention.positions import Align, Positions, positions
 from distcache.attention.taps import AttentionCall
+from distcache.strategies.positions import Align, Positions, positions
 
 
 def pattern_sum(
@@ -22,19 +23,38 @@ def pattern_sum(
     queries: Positions = None,
     keys: Positions = None,
     align: Align = "start",
+    into_hqk: Tensor | None = None,
 ) -> Tensor:
     """`blockwise.pattern_sum`; on a GPU a Triton kernel's, where there is Triton and the kernel can serve.
 
-    It can't where only some queries or keys are asked for, or they count from texts' ends. Float32, on the call's
-    device; the same inputs give the same bits. Errors as in `blockwise`. Not a collective.
+    It can't where only some queries or keys are asked for, or they count from texts' ends. The same inputs give the
+    same bits. Errors as in `blockwise`. Not a collective.
     """
     device = call.query_bhqd.device
     kernels = _kernels() if device.type == "cuda" else None
     every = positions(queries, size, align) == positions(keys, size, align, "keys") == range(size)
     if kernels is not None and every and kernels.usable(device) and kernels.can_serve(call):
-        total_hss: Tensor = kernels.pattern_sum(call, spans, size, heads=heads)
+        total_hss: Tensor = kernels.pattern_sum(call, spans, size, heads=heads, into_hss=into_hqk)
         return total_hss
-    return blockwise.pattern_sum(call, spans, size, heads=heads, queries=queries, keys=keys, align=align)
+    return blockwise.pattern_sum(
+        call, spans, size, heads=heads, queries=queries, keys=keys, align=align, into_hqk=into_hqk
+    )
+
+
+def sum_scratch_bytes(
+    num_samples: int,
+    num_heads: int,
+    num_tokens: int,
+    head_dim: int,
+    device: torch.device,
+    *,
+    num_queries: int | None = None,
+) -> int:
+    """The most that `pattern_sum` holds beside its result, in bytes: as `blockwise.scratch_bytes`, of kernels less."""
+    kernels = _kernels() if device.type == "cuda" else None
+    if kernels is not None and num_queries in (None, num_tokens) and kernels.usable(device):
+        return num_samples * num_heads * num_tokens * 4  # a float a row
+    return blockwise.scratch_bytes(num_samples, num_heads, num_tokens, head_dim, device, num_queries=num_queries)
 
 
 @functools.cache

@@ -32,12 +32,14 @@ def tap_functions(
     modules: Collection[nn.Module],
     on_call: Callable[[AttentionCall], None],
     wanted: Callable[[], bool] = lambda: True,
+    steps: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
     """Call `on_call` before every attention that one of `modules` (by identity) hands to torch's function, if `wanted`.
 
     An attention is the innermost module's that runs. Recomputation during backward (activation checkpointing) does
     not count as a call; what `on_call` raises passes through the model. Not a collective. `SiteError` from inside the
     model's forward for tensors that aren't [B, H, S, D]. Every function of torch's takes a microsecond more meanwhile.
+    `steps`: as of `tap_attention`.
     """
     running = threading.local()  # a model's forward runs in one thread, another model's in another
 
@@ -55,7 +57,7 @@ def tap_functions(
 
     def show(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if getattr(running, "modules", None) and wanted() and torch._C._current_graph_task_id() == -1:
-            on_call(_describe(running.modules[-1], {**dict(zip(_PARAMETERS, args, strict=False)), **kwargs}))
+            on_call(_describe(running.modules[-1], {**dict(zip(_PARAMETERS, args, strict=False)), **kwargs}, steps()))
 
     with ExitStack() as stack:
         for module in modules:
@@ -115,7 +117,7 @@ def _looked_up(show: Show) -> Iterator[None]:
                 functional.scaled_dot_product_attention = _attend
 
 
-def _describe(module: nn.Module, given: Mapping[str, Any]) -> AttentionCall:
+def _describe(module: nn.Module, given: Mapping[str, Any], steps: bool) -> AttentionCall:
     query_bhqd, key_bhkd, mask = given["query"], given["key"], given.get("attn_mask")
     where = f"attention of {type(module).__name__}"
     if query_bhqd.dim() != 4 or key_bhkd.dim() != 4:
@@ -123,17 +125,22 @@ def _describe(module: nn.Module, given: Mapping[str, Any]) -> AttentionCall:
             f"{where}: expected queries and keys [B, H, S, D], got {tuple(query_bhqd.shape)} and "
             f"{tuple(key_bhkd.shape)}: heads that are folded into the batch can't be told from samples."
         )
-    check_square(where, query_bhqd.shape[2], key_bhkd.shape[2])
+    num_queries, num_keys = query_bhqd.shape[2], key_bhkd.shape[2]
+    if not steps:
+        check_square(where, num_queries, num_keys)
+    is_causal, scale = bool(given.get("is_causal", False)), given.get("scale")
     if mask is not None:
-        mask = _four_dims(mask)
-    scale = given.get("scale")
+        mask = mask if mask.dim() == 4 else _four_dims(mask)  # the same object, by which layers' masks are told alike
+    elif is_causal and num_queries != num_keys:
+        # Torch counts queries from the first key, whatever came before them; nobody else reads causality so.
+        mask = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query_bhqd.device).tril()
     return AttentionCall(
         module=module,
         query_bhqd=query_bhqd,
         key_bhkd=key_bhkd,
         mask=mask,
         scaling=float(query_bhqd.shape[-1] ** -0.5 if scale is None else scale),
-        is_causal=bool(given.get("is_causal", False)),
+        is_causal=is_causal,
     )
 
 

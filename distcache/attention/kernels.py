@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distcache.attention.blockwise import _check, _plain_arithmetic
+from distcache.attention.blockwise import _plain_arithmetic, check
 from distcache.attention.taps import AttentionCall
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -146,14 +146,14 @@ def pattern_sum(
     """The sum over samples of each sample's pattern, padding removed, realigned to index 0; as in `blockwise`.
 
     `lse_bhq`: float32 [B, H, Q] of any strides, for each query the natural logarithm of the sum of exp over the keys of
-    its span that it sees and the sink, if that is known. `into_hss`: float32 [heads, size, size] of any strides, which
-    the sum is added to and which is returned; by default a new tensor. `tile`: by default what suits the head dim and
-    the device.
+    its span that it sees and the sink, if that is known. `into_hss`: float32 or float64 [heads, size, size] of any
+    strides, which the sum is added to and which is returned; by default a new float32 tensor. `tile`: by default what
+    suits the head dim and the device.
 
     Scores are float32, never TF32. Nobody waits for the device. `call` is one that `can_serve`. SiteError if spans do
     not fit the call or `size`. Not a collective.
     """
-    _check(call, spans, size, heads)
+    check(call, spans, size, heads)
     assert can_serve(call)
     q_bhqd, device = call.query_bhqd, call.query_bhqd.device
     picked = list(range(q_bhqd.shape[1]) if heads is None else heads)
@@ -164,7 +164,7 @@ def pattern_sum(
         out_hss = into_hss
         if out_hss is None:
             out_hss = torch.empty(len(picked), size, size, dtype=torch.float32, device=device)
-        assert out_hss.dtype == torch.float32 and out_hss.shape == (len(picked), size, size)
+        assert out_hss.dtype in (torch.float32, torch.float64) and out_hss.shape == (len(picked), size, size)
         if out_hss.numel() == 0 or all(start == stop for start, stop in spans):
             return out_hss if into_hss is not None else out_hss.zero_()
         q_tiles, k_tiles = triton.cdiv(size, tile.queries), triton.cdiv(size, tile.keys)
@@ -494,5 +494,6 @@ def _sum(
     out += i[:, None] * out_strides[1] + j[None, :] * out_strides[2]
     inside = (i < size - q0)[:, None] & (j < size - k0)[None, :]
     if ADD:
-        sum_qk += tl.load(out, mask=inside, other=0.0)
-    tl.store(out, sum_qk, mask=inside)
+        tl.store(out, tl.load(out, mask=inside, other=0.0) + sum_qk, mask=inside)
+    else:
+        tl.store(out, sum_qk, mask=inside)

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from distcache.attention import blockwise
-from distcache.attention.positions import Positions, positions_of_text
 from distcache.attention.taps import AttentionCall
 from distcache.errors import SiteError
 from distcache.strategies import Value
+from distcache.strategies.positions import Align, Positions, places
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -361,7 +361,8 @@ def pattern_statistics(
     columns: Mapping[str, Tensor] | None = None,
     heads: Sequence[int] | None = None,
     queries: Positions = None,
-    block: int = 128,
+    align: Align = "start",
+    block: int | None = None,
 ) -> dict[str, Value]:
     """Statistics of each sample's pattern, padding removed, by name: values [B, heads, *shape] and their weights.
 
@@ -374,15 +375,15 @@ def pattern_statistics(
         stats: names (entropy, first, previous, self, duplicate, induction, distance, pooled) or `Statistic`s.
         columns: integers [B, S] by name, of what statistics need: `token_id`, or that of `ByClass`. Those on the CPU
             are checked, and moved where the call's tensors are: move them beforehand if many layers ask.
-        queries: a slice of each text's queries, as in Python, or a range of positions from its first token on; all if
-            None. What a query sees stays the same.
+        queries, align: only these queries of each text, as of `positions.positions`; all if None. What a query sees
+            stays the same.
 
     Values are float32, float64 for float64 inputs, on the call's device. `SiteError` as `pattern_sum`, and for columns
     that lack, don't fit or hold other numbers. Not a collective.
     """
     found = as_statistics(stats)
     num_samples, num_heads, num_tokens, _ = call.query_bhqd.shape
-    blockwise._check(call, spans, num_tokens, heads)
+    blockwise.check(call, spans, num_tokens, heads)
     device = call.query_bhqd.device
     num_heads = num_heads if heads is None else len(heads)
     with blockwise._plain_arithmetic(device):
@@ -390,17 +391,18 @@ def pattern_statistics(
         none = torch.zeros((), dtype=torch.float64, device=device)
         totals = [none.new_zeros((num_samples, num_heads, *stat.shape)) for stat in found]
         counts = [none.new_zeros((num_samples, *stat.shape)) for stat in found]
+        scratch = blockwise.Scratch(call, block, heads)
         for samples, (start, stop) in blockwise._runs(spans):
-            rows = positions_of_text(queries, stop - start)
-            for part in blockwise._parts(samples, num_heads * min(block, len(rows)) * (stop - start), device):
-                here = {name: column[part, start:stop] for name, column in by_name.items()}
-                for at, keys, probs_bhqk in blockwise._blocks(call, part, start, stop, block, heads, rows):
-                    seen = Block(probs_bhqk, rows[at], keys.start, stop - start, here)
+            rows = places(queries, stop - start, align)
+            for b in scratch.parts(samples, len(rows), stop - start):
+                here = {name: column[b, start:stop] for name, column in by_name.items()}
+                for part in blockwise.blocks(call, b, start, stop, scratch, heads, rows):
+                    seen = Block(part.probs_bhqk, rows[part.rows], part.keys.start, stop - start, here)
                     for stat, total, count in zip(found, totals, counts, strict=True):
                         more, counting = stat.of(seen)
-                        total[part] += more
-                        count[part] += counting
-                    del probs_bhqk, seen  # before the next block is made beside it
+                        total[b, part.heads] += more
+                        if part.heads.start == 0:  # all heads have the same queries
+                            count[b] += counting
         dtype = torch.float64 if call.query_bhqd.dtype == torch.float64 else torch.float32
         return {
             stat.name: _value(total, count, dtype) for stat, total, count in zip(found, totals, counts, strict=True)
@@ -463,7 +465,7 @@ def scratch_bytes(
     head_dim: int,
     device: torch.device,
     *,
-    block: int = 128,
+    block: int | None = None,
     num_queries: int | None = None,
     itemsize: int = 4,
 ) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from distcache.errors import SiteError
 
@@ -51,6 +52,7 @@ def tap_attention(
     modules: Collection[nn.Module],
     on_call: Callable[[AttentionCall], None],
     wanted: Callable[[], bool] = lambda: True,
+    steps: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
     """Call `on_call` before every attention that transformers runs for one of `modules` (by identity), if `wanted`.
 
@@ -59,11 +61,14 @@ def tap_attention(
     threads; each sees its own modules, whichever thread runs them. Recomputation during backward
     (activation checkpointing) does not count as a call. What `on_call` raises passes through the model.
 
+    Calls are square, whole texts: every token is a query and a key. While `steps` says so, what runs goes on with
+    texts of earlier passes: a call has the new queries and all keys that the pass is given, for `steps.Steps`.
+
     Not a collective. ImportError without transformers; SiteError from inside the model's forward when an
     attention computes something that an AttentionCall cannot say.
     """
     interface = _interface_class()
-    tap = _Tap({id(module): module for module in modules}, on_call, wanted)
+    tap = _Tap({id(module): module for module in modules}, on_call, wanted, steps)
     _open(interface, tap)
     try:
         yield
@@ -76,6 +81,7 @@ class _Tap:
     modules: Mapping[int, nn.Module]  # by id; the values keep the ids from being reused
     on_call: Callable[[AttentionCall], None]
     wanted: Callable[[], bool]
+    steps: Callable[[], bool]
 
 
 _ABSENT = object()
@@ -147,9 +153,12 @@ class _Tapped:
         taps = [tap for tap in _taps if id(module) in tap.modules and tap.wanted()]
         # Activation checkpointing runs forward again inside backward: the same samples, a second time.
         if taps and torch._C._current_graph_task_id() == -1:
-            call = _describe(self.function, self.is_default, args, kwargs)
+            calls: dict[bool, AttentionCall] = {}
             for tap in taps:
-                tap.on_call(call)
+                steps = tap.steps()
+                if steps not in calls:
+                    calls[steps] = _describe(self.function, self.is_default, args, kwargs, steps)
+                tap.on_call(calls[steps])
         return self.function(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
@@ -175,9 +184,9 @@ _HARMLESS = frozenset(
 
 
 def _describe(
-    function: Callable[..., Any], is_default: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    function: Callable[..., Any], is_default: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], steps: bool
 ) -> AttentionCall:
-    """The call that `function(*args, **kwargs)` is, or SiteError."""
+    """The call that `function(*args, **kwargs)` is, or SiteError. `steps`: see `tap_attention`."""
     given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
     module, query_bhqd, key_bhkd = given["module"], given["query"], given["key"]
     where = f"attention of {type(module).__name__}, layer {getattr(module, 'layer_idx', '?')}"
@@ -191,22 +200,30 @@ def _describe(
     options = _options(function, kind, {name: v for name, v in given.items() if name not in _POSITIONAL}, where)
     is_causal = options.get("is_causal")
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if kind == "eager":
-        is_causal = False  # eager functions know causality from their mask alone
-    mask = _mask(given.get("attention_mask"), kind, query_bhqd, where)
-    position_bias = options.get("position_bias")
-
+    if kind in ("eager", "flex"):
+        is_causal = False  # they know causality from their mask alone
     num_queries, num_keys = query_bhqd.shape[2], key_bhkd.shape[2]
+    mask = _mask(given.get("attention_mask"), kind, query_bhqd, num_keys, where)
+    position_bias = options.get("position_bias")
+    if kind == "flash" and mask is None and _is_packed(options.get("position_ids")):
+        raise SiteError(
+            f"{where}: position_ids that start again pack several texts into one row, and flash attention keeps them "
+            f"apart without a mask that says so. Pad the texts into a batch instead, or load the model with "
+            f"attn_implementation='sdpa'."
+        )
+
     if kind == "sdpa" and is_causal and mask is None and 1 < num_queries < num_keys:
         # A prefill into an empty static cache: transformers, too, leaves its unwritten keys out here.
         key_bhkd, num_keys = key_bhkd[:, :, :num_queries], num_queries
         position_bias = None if position_bias is None else position_bias[..., :num_queries]
-    partly = 1 < num_queries < num_keys and mask is not None and mask.shape[-1] == num_keys
-    if partly and mask is not None and _hides_all(mask[..., num_queries:]):
-        # The same with padding: keys that the mask hides from every query aren't part of the texts.
+    partly = num_queries < num_keys and mask is not None and mask.shape[-1] == num_keys
+    if not steps and partly and mask is not None and not bool(lets_through(mask[..., num_queries:])):
+        # The same with padding: keys that the mask hides from every query aren't part of the texts. Later tokens
+        # of texts see themselves, so this never is of them; to look costs a wait on a GPU.
         key_bhkd, mask, num_keys = key_bhkd[:, :, :num_queries], mask[..., :num_queries], num_queries
         position_bias = None if position_bias is None else position_bias[..., :num_queries]
-    check_square(where, num_queries, num_keys)
+    if not steps:
+        check_square(where, num_queries, num_keys)
 
     sinks = options.get("s_aux") if options.get("s_aux") is not None else options.get("sinks")
     if sinks is not None and sinks.numel() != query_bhqd.shape[1]:
@@ -259,19 +276,14 @@ def _kind(function: Callable[..., Any], is_default: bool) -> str:
 def _options(function: Callable[..., Any], kind: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The keywords that this function takes into account; SiteError for one that we cannot."""
     given = {name: value for name, value in given.items() if value is not None}
-    if kind == "flex":
-        raise SiteError(
-            f"{where}: flex_attention keeps its mask as a function, which is not supported. "
-            f"Load the model with attn_implementation='sdpa'."
-        )
     if "cache" in given:
         raise SiteError(
             f"{where}: paged attention (continuous batching) packs the samples of a batch, so its patterns "
             f"cannot be told apart. Record a plain forward pass."
         )
-    if kind in ("sdpa", "eager"):
+    if kind in ("sdpa", "eager", "flex"):
         # transformers' own functions read only what they name and ignore the rest; so must we. The one
-        # exception: eager functions read the module's sinks, which are passed as `s_aux` too. Neither kind
+        # exception: eager functions read the module's sinks, which are passed as `s_aux` too. No such kind
         # reads a window, which stands in their masks.
         named = _parameters(function) | ({"s_aux"} if kind == "eager" else set())
         given = {name: value for name, value in given.items() if name in named}
@@ -282,11 +294,6 @@ def _options(function: Callable[..., Any], kind: str, given: Mapping[str, Any], 
             f"{unknown} for {getattr(function, '__name__', function)!s}. Load the model with "
             f"attn_implementation='sdpa', or leave this layer out."
         )
-    if kind == "flash" and _is_packed(given.get("position_ids")):
-        raise SiteError(
-            f"{where}: position_ids that start again pack several texts into one row, and flash attention "
-            f"keeps them apart. Pad the texts into a batch instead."
-        )
     return given
 
 
@@ -296,31 +303,60 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _is_packed(position_ids: Tensor | None) -> bool:
-    # Only a batch of one row is read this way by flash attention (`_is_packed_sequence`).
+    # Only a batch of one row is read this way by flash attention (`_is_packed_sequence`), and only without a mask.
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[0] != 1:
         return False
     return bool((position_ids.diff(dim=-1) != 1).any())
 
 
-def _hides_all(mask: Tensor) -> bool:
-    """Whether a mask, bool or added to scores, lets no key through."""
-    if mask.is_floating_point():
-        return bool((mask <= torch.finfo(mask.dtype).min / 2).all())
-    return not bool(mask.any())
+def lets_through(mask: Tensor) -> Tensor:
+    """Whether a mask, bool or added to scores, lets any key through: a bool tensor on its device."""
+    return (mask > torch.finfo(mask.dtype).min / 2).any() if mask.is_floating_point() else mask.any()
 
 
-def _mask(mask: Any, kind: str, query_bhqd: Tensor, where: str) -> Tensor | None:
+def _mask(mask: Any, kind: str, query_bhqd: Tensor, num_keys: int, where: str) -> Tensor | None:
     """The mask as AttentionCall defines it: None, [B, K] (padding) or four dims."""
     if mask is None:
         return None
+    if hasattr(mask, "mask_mod"):
+        return _written_out(mask, query_bhqd.shape[2], num_keys, where)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 3, 4):
         got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise SiteError(
             f"{where}: expected a mask that broadcasts to [B, H, Q, K], or [B, K], got {got}. "
             f"Load the model with attn_implementation='sdpa'."
         )
-    if kind == "eager" and mask.dtype == torch.bool:
-        mask = mask.to(query_bhqd.dtype)  # eager functions add what they get: True is +1 there
+    if kind in ("eager", "flex") and mask.dtype == torch.bool:
+        mask = mask.to(query_bhqd.dtype)  # they add what they get: True is +1 there
+    if kind == "flex" and mask.dim() == 4:
+        mask = mask[:, :1, :, :num_keys]  # as it reads such a mask: of the first head, for all
     if mask.dim() == 4 or (mask.dim() == 2 and kind not in ("sdpa", "eager")):
         return mask
     return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)  # broadcast from the right, as torch does
+
+
+# By BlockMask, for as long as it lives: all layers of a pass are given the same one.
+_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _written_out(block_mask: Any, num_queries: int, num_keys: int, where: str) -> Tensor:
+    """flex attention's mask, which is a function and the tiles that are looked at, as bool [B or 1, H or 1, Q, K]."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    found: Tensor | None = _masks.get(block_mask)
+    if found is not None and found.shape[2:] == (num_queries, num_keys):
+        return found
+    b, h, q, k = block_mask.shape
+    if num_queries > q or num_keys > k:
+        raise SiteError(
+            f"{where}: expected a BlockMask of at least {num_queries} queries and {num_keys} keys, got one of {q} and "
+            f"{k}. Make it for the tokens of this pass: create_block_mask(…, Q_LEN={num_queries}, KV_LEN={num_keys})."
+        )
+    tiles = block_mask.to_dense() != 0
+    with torch.inference_mode(False), torch.no_grad():
+        found = create_mask(block_mask.mask_mod, b, h, num_queries, num_keys, tiles.device)
+        for dim, size in zip((2, 3), block_mask.BLOCK_SIZE, strict=True):
+            tiles = tiles.repeat_interleave(size, dim).narrow(dim, 0, found.shape[dim])
+        found = found & tiles
+    _masks[block_mask] = found
+    return found

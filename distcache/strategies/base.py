@@ -352,6 +352,14 @@ class Fieldwise(Strategy):
             return (self.ragged,) * ndim
         return tuple(d in self.ragged or d - ndim in self.ragged for d in range(ndim))
 
+    def limits(self, field: str, ndim: int) -> tuple[int | None, ...]:
+        """Of a field's dims that may grow, how far they may; None for no limit."""
+        return self.size if isinstance(self.size, tuple) else (self.size,) * ndim
+
+    def counts(self, state: State) -> Tensor:
+        """How many samples stand behind the value of a state that has a `count`, where the value has its cells."""
+        return state["count"]
+
     def result_dtype(self, given: torch.dtype) -> torch.dtype:
         """The dtype of results for values of this dtype: float32, unless float64 went in or was asked for."""
         if torch.float64 in (given, self.accumulate):

@@ -12,7 +12,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distcache.strategies.base import Columns, Field, Fieldwise, Gathered, Groups, Kinds, State, Strategy, Value
+from distcache.strategies.base import (
+    Columns,
+    Field,
+    Fieldwise,
+    Gathered,
+    Groups,
+    Kinds,
+    State,
+    Strategy,
+    Value,
+    corner,
+)
+from distcache.strategies.pattern import AveragePattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +90,10 @@ class Grouped(Fieldwise):
         state = self.strategy.lift_groups_slab(value_nk, groups)
         return self._bringing(cells.expand(value_nk.shape[1], -1), state)
 
-    def _cells(self, columns: Columns | None, num_rows: int) -> tuple[Tensor | None, Tensor, Tensor]:
-        """(the rows that count, or None for all; the cells they are in, [m]; which of these each of them is in)."""
+    def cells(self, columns: Columns | None, num_rows: int) -> Tensor:
+        """Each row's cell, int64 [n] on the CPU; −1 of one that is left out. ValueError, TypeError for a column that
+        isn't there or doesn't fit.
+        """
         known: Mapping[str, Tensor] = {} if columns is None else columns.by_name
         if self.by not in known:
             there = ", ".join(known) or "none"
@@ -105,7 +119,11 @@ class Grouped(Fieldwise):
                 f"of the cells 0 to {self.size - 1} of size={self.size}: give a larger size, or −1 to rows that are to "
                 "be left out."
             )
-        rows = None
+        return cell_n
+
+    def _cells(self, columns: Columns | None, num_rows: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(the rows that count, or None for all; the cells they are in, [m]; which of these each of them is in)."""
+        cell_n, rows = self.cells(columns, num_rows), None
         if bool((cell_n < 0).any()):
             rows = (cell_n >= 0).nonzero()[:, 0]
             cell_n = cell_n[rows]
@@ -136,8 +154,11 @@ class Grouped(Fieldwise):
     def combine(self, a: State, b: State) -> State:
         self.check(a, b)
         cells = torch.cat([a["cells"], b["cells"]]).unique() if "cells" in a and "cells" in b else None
-        into = self._spread(a, cells)
-        self.strategy.fold_(into, self._spread(b, cells))
+        into, more = self._spread(a, cells), self._spread(b, cells)
+        if any(into[name].shape != more[name].shape for name in into):  # of longer sequences
+            into = Fieldwise.combine(self, into, more)
+        else:
+            self.strategy.fold_(into, more)
         return into if cells is None else self._bringing(cells, into)
 
     def _spread(self, state: State, cells: Tensor | None = None) -> State:
@@ -155,6 +176,15 @@ class Grouped(Fieldwise):
             spread[field.name] = held.new_full((size, *held.shape[1:]), identity).index_copy_(0, at, held)
         return spread
 
+    def ragged_dims(self, field: str, ndim: int) -> tuple[bool, ...]:
+        return (False, *self.strategy.ragged_dims(field, ndim - 1))
+
+    def limits(self, field: str, ndim: int) -> tuple[int | None, ...]:
+        return (None, *self.strategy.limits(field, ndim - 1))
+
+    def counts(self, state: State) -> Tensor:
+        return self.strategy.counts(state)
+
     def fold_(self, into: State, other: State) -> None:
         """`into`: of all cells, and of keys side by side if `cells` is [k, m]."""
         if "cells" not in other:
@@ -168,7 +198,9 @@ class Grouped(Fieldwise):
             other = {name: tensor.flatten(0, 1) for name, tensor in other.items()}
         if type(self.strategy).fold_ is Fieldwise.fold_:
             for field in self.layout(into):
-                field.reduction.fold_at_(into[field.name], cells, other[field.name])
+                theirs = other[field.name]
+                room = into[field.name][corner((len(into[field.name]), *theirs.shape[1:]))]
+                field.reduction.fold_at_(room, cells, theirs)
             return
         mine = {name: held.index_select(0, cells) for name, held in into.items()}
         self.strategy.fold_(mine, {name: other[name] for name in mine})
@@ -202,7 +234,12 @@ def _check_groupable(strategy: Any) -> None:
         )
     if isinstance(strategy, Gathered):
         raise ValueError(f"{name} combines as a whole, not field by field, so its states can't be kept by cell.")
-    if strategy.ragged:
+    if isinstance(strategy, AveragePattern) and not strategy.groupable:
+        raise ValueError(
+            "AveragePattern is ragged, and cells lie side by side, so their values have one shape: give it size=, the "
+            "longest sequence's, or bounds of queries= and keys=."
+        )
+    if strategy.ragged and not isinstance(strategy, AveragePattern):
         raise ValueError(
             f"{name} is ragged: cells lie side by side, so their values have one shape. Leave out ragged=."
         )
