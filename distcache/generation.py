@@ -88,11 +88,11 @@ class Generation:
         return (None if bool(valid.all()) else valid), before_b
 
 
-def begun(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generation:
+def begun(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, attention: bool = False) -> Generation:
     """What a call `model.generate(*args, **kwargs)` says of its texts: which ids end them, and the prompts' mask.
 
     `SiteError` where rows couldn't be told apart: beams, several sequences a sample, tokens that are tried and dropped,
-    texts that were begun elsewhere.
+    texts that were begun elsewhere; and of `attention` where keys change once they are written.
     """
     names = ("inputs", "generation_config")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -116,6 +116,12 @@ def begun(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> G
             )
     if option("cache_implementation") == "paged":
         raise SiteError("recording generate with paged caches isn't supported: they pack samples. Take another.")
+    quantized = "quantized" in f"{option('cache_implementation')} {type(given.get('past_key_values')).__name__}".lower()
+    if attention and quantized:
+        raise SiteError(
+            "patterns of generate with a quantized cache aren't supported: it changes keys after they were read. Take "
+            "another cache, or the prompts' patterns alone, record(…, phase='prompt')."
+        )
     if tokens_held(given):
         raise SiteError(
             "generate was given a cache with tokens in it, of texts whose beginning wasn't recorded, so that positions "

@@ -20,20 +20,31 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distcache.attention import AttentionCall, tap_attention, tap_functions
+from distcache.attention import AttentionCall, Steps, compiled_flex_attention, tap_attention, tap_functions
 from distcache.cache import ActivationCache
 from distcache.entries import Shown, Slab, registered
 from distcache.errors import SiteError, TooLarge
 from distcache.families import module_paths, named_modules, wrapped
 from distcache.generation import Generation, begun, token_ids_of, tokens_held
 from distcache.memory import available_bytes, human
-from distcache.midst import FUSED, Offload, apart, check_stop, device_of, eager, modules_called, recomputing, replaced
+from distcache.midst import (
+    FUSED,
+    Offload,
+    apart,
+    check_stop,
+    compiled_as_before,
+    device_of,
+    eager,
+    modules_called,
+    recomputing,
+    replaced,
+)
 from distcache.patterns import Waiting, room_nbytes, shown_patterns
 from distcache.sites import AttentionTarget, Sites, Target, resolve_sites
 from distcache.staged import Staged
 from distcache.strategies import Fieldwise, Strategy, Value
 from distcache.streams import Given, Mask, Stream, bound_arguments, find_streams, open_batch
-from distcache.tokens import Batch, as_selector
+from distcache.tokens import Batch, as_selector, joined
 from distcache.values import first_tensor, own, reduced, rows_of
 
 if TYPE_CHECKING:
@@ -109,7 +120,7 @@ def record(
     """
     # Always, and not only where a module looks compiled: a function around the model may be, or the model in the block.
     # And first, so that no compiler follows into what comes next. 5 µs; 0.8 s once, to import the compiler.
-    with eager():
+    with eager(), compiled_flex_attention(compiled_as_before):
         core = module_paths(model)[""][1]  # in what was put around the whole of it
         targets, attention = resolve_sites(model, sites)
         local = Recording()
@@ -181,6 +192,8 @@ class _Recorder:
         self.went_on = False  # whether any text was
         self.staged = Staged()
         self.waiting = Waiting()
+        self.steps: dict[int, Steps] = {}  # of a generation, by the id of the module that attends
+        self.passes: dict[int, list[Batch]] = {}  # and by the id of a target
         self.seen_in: dict[int, Stream] = {}  # by the id of a target: where it has reported
         # Of the pass that is under way:
         self.inside: nn.Module | None = None  # the root that was called
@@ -232,7 +245,14 @@ class _Recorder:
                     modules = {id(t.module): t.module for t in everyone if t.by_function == by_function}
                     attend = functools.partial(self._attend, by_function=by_function)
                     if modules:
-                        stack.enter_context(tap(modules.values(), attend, lambda: self.step <= 0))
+                        stack.enter_context(
+                            tap(
+                                modules.values(),
+                                attend,
+                                lambda: self.step <= 0 or self.phase == "all",
+                                lambda: self.generating and self.step > 0,
+                            )
+                        )
             for stream in parts:
                 stack.callback(stream.module.register_forward_hook(self._after_stream(stream)).remove)
             for root in self.roots:
@@ -277,6 +297,7 @@ class _Recorder:
         self.given = dataclasses.replace(given, first=self._sink()._num_samples)
         self.samples, self.counted, self.step = None, False, 0
         self.staged, self.seen_in = Staged(), {}
+        self.steps, self.passes = {}, {}
         self.waiting.begin()
         self.past = {stream.name: dataclasses.replace(past) for stream in self.streams if stream.goes_on}
 
@@ -287,15 +308,16 @@ class _Recorder:
         def generating(*args: Any, **kwargs: Any) -> Any:
             if self.generating:  # one that calls itself, to try again
                 return generate(*args, **kwargs)
-            past = begun(self.model, args, kwargs)
+            past = begun(self.model, args, kwargs, attention=bool(self.attention) and self.phase != "prompt")
             if self.stop:
                 raise SiteError("stop=True ends forward passes, and generating needs what they give: leave it out.")
-            self._check_goes_on()
+            self._check_goes_on(self.phase != "new")
             self._begin(past)
             self.generating, self.step, self.inside = True, -1, None
             self._begin_pass()
             try:
                 result = generate(*args, **kwargs)
+                self._attend_whole()
                 self._fold()
             finally:
                 self.generating, self.staged = False, Staged()
@@ -303,8 +325,10 @@ class _Recorder:
 
         return generating
 
-    def _check_goes_on(self) -> None:
-        """`SiteError` for sites and columns that mean nothing of tokens that come one by one."""
+    def _check_goes_on(self, whole: bool = False) -> None:
+        """`SiteError` for sites and columns that mean nothing of tokens that come one by one. `whole`: texts are seen
+        from their beginning to their end, as in a generation.
+        """
         self.went_on = True
         if self.phase == "prompt":
             return
@@ -320,11 +344,12 @@ class _Recorder:
                     f"column {name!r} is per token, {tuple(column.shape)}, and has no entries for tokens that are "
                     "generated: give it per sample, or take the prompt's alone, record(…, phase='prompt')."
                 )
-        if self.attention:
+        if self.attention and not whole:
             (averaged, *_), *_ = self.attention.values()
             raise SiteError(
-                f"site {averaged.where}: patterns of tokens that are generated one by one can't be averaged: take the "
-                "prompt's, record(…, phase='prompt'), or a forward pass over whole texts."
+                f"site {averaged.where}: patterns are of whole texts, prompt and all, which one knows at their end: of "
+                "model.generate take phase='all' or phase='prompt', in a loop of your own phase='prompt', or record a "
+                "forward pass over the whole texts."
             )
 
     def check_phase(self) -> None:
@@ -443,25 +468,44 @@ class _Recorder:
         self._stop_here(target)
 
     def _attend(self, call: AttentionCall, by_function: bool) -> None:
+        shown = False
         for target in self.attention[id(call.module)]:
             batch = self._current(target) if target.by_function == by_function else None
             if batch is None:
                 continue
             if batch.num_tokens is None:
                 batch = batch.with_tokens(call.query_bhqd.shape[2], target.where)
+            if self.generating and self.phase == "all":
+                self.passes.setdefault(id(target), []).append(batch)
+                shown = True
+                continue
             of_call = (call.query_bhqd.shape[0], call.query_bhqd.shape[2])
             if of_call != (batch.num_samples, batch.num_tokens):
                 raise SiteError(
                     f"site {target.where}: its attention is over {of_call} samples and tokens, where the batch has "
                     f"{(batch.num_samples, batch.num_tokens)}: which are whose isn't known."
                 )
-            with apart(call.query_bhqd.device):
-                for found in shown_patterns(target, call, batch, self.waiting):
-                    if isinstance(found, Slab):
-                        self.staged.fold(found)
-                    else:
-                        self.staged.keep(found)
+            self._take_patterns(target, call, batch)
             self._stop_here(target)
+        if shown:
+            with apart(call.query_bhqd.device):
+                self.steps.setdefault(id(call.module), Steps()).add(call)
+
+    def _attend_whole(self) -> None:
+        """What the passes of a generation have shown of attention, as one pass over the whole texts."""
+        for target in itertools.chain.from_iterable(self.attention.values()):
+            if id(target) in self.passes:
+                batch = joined(self.passes[id(target)])
+                self._check_room(batch)
+                self._take_patterns(target, self.steps[id(target.module)].whole(), batch)
+
+    def _take_patterns(self, target: AttentionTarget, call: AttentionCall, batch: Batch) -> None:
+        with apart(call.query_bhqd.device):
+            for found in shown_patterns(target, call, batch, self.waiting):
+                if isinstance(found, Slab):
+                    self.staged.fold(found)
+                else:
+                    self.staged.keep(found)
 
     def _current(self, target: Target | AttentionTarget) -> Batch | None:
         """The batch of the stream that a site reports in, noting that it has; None where it isn't asked."""

@@ -49,6 +49,20 @@ def eager() -> Iterator[None]:
                 _stance = None
 
 
+def compiled_as_before(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function that runs compiled also while `eager` is open: one in which no hook can be."""
+
+    @functools.wraps(function)
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        with _eager_lock:  # the stance is everybody's
+            if not _eager_blocks:
+                return function(*args, **kwargs)
+            with torch.compiler.set_stance("default"):
+                return function(*args, **kwargs)
+
+    return compiled
+
+
 def recomputing() -> bool:
     """Whether activation checkpointing runs forward again inside backward: the same samples, a second time."""
     return torch._C._current_graph_task_id() != -1

@@ -189,3 +189,32 @@ class Batch:
                 chosen[b_] = valid[b_] & torch.isin(position_bs[b_], torch.tensor(list(wanted), dtype=torch.int64))
         b, s = chosen.nonzero(as_tuple=True)
         return Selection(self, (b, s), position_bs[b, s], whole and selector == "all")
+
+
+def joined(passes: Sequence[Batch]) -> Batch:
+    """The whole texts of a generation, of its passes: of the prompt's what is known of samples, of all the tokens.
+
+    A pass that was fed whole texts again brings what is new in them. Needs tokens.
+    """
+    first, total = passes[0], 0
+    valid, columns = [], {name: [column] for name, column in first.columns.items() if column.dim() > 1}
+    for batch in passes:
+        assert batch.num_tokens is not None
+        again = total if batch.num_tokens > total > 0 else 0
+        valid_bs = batch.valid_bs
+        if valid_bs is None:
+            valid_bs = torch.ones(batch.num_samples, batch.num_tokens, dtype=torch.bool)
+        valid.append(valid_bs[:, again:])
+        if batch is not first:
+            for name, parts in columns.items():
+                parts.append(batch.columns[name][:, again:])
+        total += batch.num_tokens - again
+    whole_bs = torch.cat(valid, 1)
+    return dataclasses.replace(
+        first,
+        num_tokens=total,
+        valid_bs=None if bool(whole_bs.all()) else whole_bs,
+        columns={**first.columns, **{name: torch.cat(parts, 1) for name, parts in columns.items()}},
+        _selections={},
+        _by_length={},
+    )

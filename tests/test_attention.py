@@ -523,6 +523,33 @@ def test_autocast_does_not_round_the_scores():
         assert torch.equal(blockwise.pattern_sum(call, spans, S), expected)
 
 
+class Precision(TorchDispatchMode):
+    """Notes how products of float32 are to be computed, at each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "bmm" in func.__name__:
+            self.seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_are_whole_whatever_precision_the_model_has():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with Precision() as plain:
+            torch.ones(1, 2, 2) @ torch.ones(1, 2, 2)
+        with Precision() as ours:
+            blockwise.pattern_sum(some_call("bool mask"), SPANS["one span"], S)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert plain.seen == {"bf16"} and ours.seen == {"ieee"}
+
+
 def test_sums_made_under_inference_mode_can_be_added_to_outside():
     model, sums = build("llama", "sdpa"), []
     inputs, spans = batch(TEXTS, "left")

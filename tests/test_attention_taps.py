@@ -101,6 +101,21 @@ def test_flex_attention_of_a_padded_batch_gives_the_patterns_of_single_texts(fam
     assert_patterns(calls, inputs["attention_mask"], family)
 
 
+def test_a_flex_model_stays_compiled_under_record_and_gives_the_same_bits():
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    before = vars(WrappedFlexAttention)["__call__"]
+    model, inputs = model_of("llama", "flex_attention"), padded(TEXTS)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with dc.record(model, ["resid_out"]), dc.record(model, ["avg_attn_pattern"]):
+            assert torch.equal(model(**inputs).logits, expected)
+        with torch.compiler.set_stance("force_eager"):  # which is what record has for all else
+            assert not torch.equal(model(**inputs).logits, expected)
+        assert torch.equal(model(**inputs).logits, expected)
+    assert vars(WrappedFlexAttention)["__call__"] is before
+
+
 def test_recorded_averages_of_a_flex_model_are_those_of_single_texts():
     model, total, count = model_of("llama", "flex_attention"), torch.zeros(2, 4, 9, 9), torch.zeros(9, 1)
     with dc.record(model, ["avg_attn_pattern"]) as found, torch.no_grad():

@@ -340,6 +340,55 @@ def test_averaged_attention_of_the_prompt_is_that_of_a_forward_pass_over_prompts
             torch.testing.assert_close(local[key], plain[key], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def averages_by_hand(name, model, prompts, finished, end):
+    """(per layer [heads, S, S], texts that have each query [S]) of eager attention over each text alone, up to what
+    was fed for it.
+    """
+    eager = build(name)
+    eager.load_state_dict(model.state_dict())
+    eager.set_attn_implementation("eager")
+    fed = [text[:-1] for text in finished]  # the last token is never fed
+    over = [next((i for i in range(len(p), len(t)) if t[i] == end), len(t)) for p, t in zip(prompts, fed, strict=True)]
+    fed = [text[:stop] for text, stop in zip(fed, over, strict=True)]
+    size = max(map(len, fed))
+    total, count = 0, torch.zeros(size)
+    for text in fed:
+        with torch.no_grad():
+            patterns = eager(text[None], output_attentions=True).attentions
+        room = (0, size - len(text), 0, size - len(text))
+        total = total + torch.stack([torch.nn.functional.pad(p[0].double(), room) for p in patterns])
+        count[: len(text)] += 1
+    return total / count[:, None], count.double()
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3"])
+def test_averaged_attention_of_a_generation_is_that_of_the_finished_texts(name, memory):
+    model, end = model_that_ends(name)
+    with dc.record(model, ["avg_attn_pattern", dc.Site("attn_stats", stats=("first",))], index=[7, 3, 5]) as local:
+        finished = generate(model, PROMPTS, **MEMORIES[memory])
+    expected, count_s = averages_by_hand(name, model, PROMPTS, finished, end)
+    for layer, average_hss in enumerate(expected):
+        torch.testing.assert_close(local["avg_attn_pattern", layer].double(), average_hss, rtol=0, atol=2e-6)
+        first_h = (average_hss[..., 0] * count_s).sum(-1) / count_s.sum()
+        torch.testing.assert_close(local[f"attn_stats_first_{layer}"].double(), first_h, rtol=0, atol=2e-6)
+    unended, _ = averages_by_hand(name, model, PROMPTS, finished, end=-1)  # what is fed for a text after its end
+    assert unended.shape != expected.shape or (unended - expected).abs().max() > 1e-3
+
+
+def test_patterns_of_generations_that_can_not_be_known_are_refused():
+    model, _ = model_that_ends()
+    with dc.record(model, ["avg_attn_pattern"], phase="new"), pytest.raises(dc.SiteError, match="are of whole texts"):
+        generate(model, PROMPTS)
+    with dc.record(model, ["avg_attn_pattern"]), torch.no_grad():
+        cache = transformers.DynamicCache()
+        model(**padded(PROMPTS, "left"), past_key_values=cache, use_cache=True)
+        with pytest.raises(dc.SiteError, match="in a loop of your own phase="):
+            model(input_ids=torch.full((3, 1), 5), past_key_values=cache, use_cache=True)
+    with dc.record(model, ["avg_attn_pattern"]), pytest.raises(dc.SiteError, match="with a quantized cache"):
+        generate(model, PROMPTS, cache_implementation="quantized")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -367,9 +416,6 @@ def test_sites_that_mean_nothing_of_single_tokens_are_refused():
     with dc.record(model, [dc.Site("resid_out", tokens="last")], phase="prompt") as local:
         generate(model, PROMPTS)
     assert local.rows("resid_out_1")["position"].tolist() == [len(prompt) - 1 for prompt in PROMPTS]
-    refused = pytest.raises(dc.SiteError, match="patterns of tokens that are generated one by one")
-    with dc.record(model, ["avg_attn_pattern"]), refused:
-        generate(model, PROMPTS)
 
 
 def test_a_phase_that_never_came_is_an_error():

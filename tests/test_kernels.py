@@ -224,18 +224,20 @@ def test_q_and_k_of_any_strides_are_read_rightly(interpreted):
     assert_same(found, torch.as_tensor(expected).float())
 
 
-def sum_into(kernels, spans):
-    kept = torch.arange(1.0 * S * S).view(S, 1, S)
+def sum_into(kernels, spans, dtype):
+    kept = torch.arange(1.0 * S * S, dtype=dtype).view(S, 1, S)
     into = kept.clone().permute(1, 0, 2)
     found = kernels.pattern_sum(some_call(), spans, S, into_hss=into, tile=small_tile(kernels))
     assert found is into
     return found - kept.permute(1, 0, 2)
 
 
-def test_a_sum_can_be_added_to_what_is_there(interpreted):
+# What is there is up to 225, where float32 has steps of 1.5e-5.
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-5), (torch.float64, 1e-6)], ids=str)
+def test_a_sum_can_be_added_to_what_is_there(interpreted, dtype, atol):
     spans = [(0, 3), (4, 11), (2, 2)]
-    # What is there is up to 225, where float32 has steps of 1.5e-5.
-    assert_same(interpreted(sum_into, spans), specified(spans, S, {}), atol=2e-5, rtol=0.0)
+    found = interpreted(sum_into, spans, dtype)
+    assert_same(found, specified(spans, S, {}).to(dtype), atol=atol, rtol=0.0)
 
 
 def sum_with_nan(kernels):

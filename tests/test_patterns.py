@@ -251,3 +251,192 @@ class Folded(nn.Module):
 
     def forward(self, x):
         return SDPA(x, x, x)
+
+
+# -- some positions, counted from either end -------------------------------------------------------------------
+
+# Short texts are summed at once; of long ones Q and K, which are less than the sum, wait for the pass to return.
+LENGTHS = {"at once": (6, 3, 1, 5), "when the pass returns": (60, 23, 41)}
+SOME = {  # what a site asks for, and the positions that are meant in texts of up to 60 tokens
+    "all": (dict(), range(60), range(60)),
+    "the first queries": (dict(queries=slice(0, 4)), range(4), range(60)),
+    "the first keys": (dict(keys=range(2)), range(60), range(2)),
+    "every third query": (dict(queries=slice(1, None, 3), keys=slice(2, 50)), range(1, 60, 3), range(2, 50)),
+    "all, from the end": (dict(align="end"), range(-60, 0), range(-60, 0)),
+    "the last query": (dict(queries=slice(-1, None), align="end"), [-1], range(-60, 0)),
+    "the last queries and keys": (
+        dict(queries=range(-5, 0, 2), keys=slice(-4, -1), align="end"),
+        [-5, -3, -1],
+        [-4, -3, -2],
+    ),
+}
+
+
+def some_averaged(patterns, queries, keys, align):
+    """The same as `averaged`, of these positions alone, as many of them as any text has."""
+    longest = max(p.shape[-1] for p in patterns)
+    there = range(longest) if align == "start" else range(-longest, 0)
+    queries, keys = ([n for n in wanted if n in there] for wanted in (queries, keys))
+    total = torch.zeros(*patterns[0].shape[:2], len(queries), len(keys), dtype=torch.float64)
+    count = torch.zeros(len(queries), 1)
+    for p in patterns:
+        n = p.shape[-1]
+        shift = 0 if align == "start" else n
+        rows = [(i, q + shift) for i, q in enumerate(queries) if 0 <= q + shift < n]
+        columns = [(j, k + shift) for j, k in enumerate(keys) if 0 <= k + shift < n]
+        for i, q in rows:
+            count[i] += 1
+            for j, k in columns:
+                total[..., i, j] += p[..., q, k]
+    return total / count
+
+
+def batch_recorded(model, some, sites, side="right", **given):
+    model.set_attn_implementation("sdpa")
+    with dc.record(model, sites, **given) as local, torch.no_grad():
+        model(**padded(some, side))
+    return local
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("when", LENGTHS)
+def test_averages_of_some_positions_are_those_of_the_texts_that_have_them(when, name, side):
+    (asked, queries, keys), model, some = SOME[name], build("llama", max_position_embeddings=64), texts(LENGTHS[when])
+    patterns = [eager(model, text) for text in some]
+    align = asked.get("align", "start")
+    few = dc.Site("avg_attn_pattern", heads=[2], key="few_{layer}", **asked)
+    local = batch_recorded(model, some, [dc.Site("avg_attn_pattern", **asked), few], side)
+    expected = some_averaged(patterns, queries, keys, align)
+    for layer in range(2):
+        torch.testing.assert_close(local["avg_attn_pattern", layer].double(), expected[layer], rtol=0, atol=2e-6)
+        torch.testing.assert_close(local[f"few_{layer}"][0].double(), expected[layer, 2], rtol=0, atol=2e-6)
+    other_end = some_averaged(patterns, range(60), range(60), "start" if align == "end" else "end")
+    assert expected.shape != other_end.shape or (expected - other_end).abs().max() > 1e-2
+    each = batch_recorded(model, some, [dc.Site("pattern", layers=[1], **asked)], side)["pattern_L1H3"]
+    one = some_averaged(patterns[1:2], queries, keys, align)[1, 3]
+    torch.testing.assert_close(each[1].double(), one, rtol=0, atol=2e-6)
+
+
+def test_counts_of_some_positions_are_of_texts_in_the_order_of_the_average():
+    model, some = build("llama"), texts((6, 3, 1, 5))
+    local = batch_recorded(model, some, [dc.Site("avg_attn_pattern", queries=slice(-4, None), align="end")])
+    assert local.count("avg_attn_pattern_L0H0")[:, 0].tolist() == [2, 3, 3, 4]
+
+
+@pytest.mark.parametrize("when", LENGTHS)
+def test_averages_by_label_are_those_of_each_labels_texts(when):
+    model, some = build("llama", max_position_embeddings=64), texts(LENGTHS[when])
+    label = torch.tensor([2, 0, 2, -1][: len(some)])
+    by_label = dc.Grouped(dc.AveragePattern(size=64), 3, by="label")
+    last = dc.Site("avg_attn_pattern", queries=slice(-2, None), align="end", reduce=by_label, key="last_{layer}")
+    local = batch_recorded(model, some, [dc.Site("avg_attn_pattern", reduce=by_label), last], label=label)
+    found, last_found = local["avg_attn_pattern_L1H2"], local["last_0"]
+    assert found[1].isnan().all() and len(found) == 3
+    for number in (0, 2):
+        patterns = [eager(model, text) for text, own in zip(some, label, strict=True) if own == number]
+        n = max(p.shape[-1] for p in patterns)
+        torch.testing.assert_close(found[number, :n, :n].double(), averaged(patterns)[1, 2], rtol=0, atol=2e-6)
+        assert not found[number, :n, n:].any()
+        expected = some_averaged(patterns, [-2, -1], range(-60, 0), "end")[0]
+        torch.testing.assert_close(
+            last_found[number, :, :, -expected.shape[-1] :].double(), expected, rtol=0, atol=2e-6
+        )
+
+
+def test_the_state_of_some_positions_takes_room_for_these_alone_and_comes_back_from_disk(tmp_path):
+    model, some = build("llama"), texts((6, 3, 1, 5))
+    site = dc.Site("avg_attn_pattern", queries=slice(-2, None), keys=range(-3, 0), align="end")
+    local = batch_recorded(model, some, [site])
+    assert {name: tuple(x.shape) for name, x in local._arena.state("avg_attn_pattern_L0H0").items()} == {
+        "total": (2, 3),
+        "count": (2, 1),
+        "keys": (1, 3),
+    }
+    local.save(tmp_path / "saved")
+    again = dc.load(tmp_path / "saved")
+    assert torch.equal(again["avg_attn_pattern", 1], local["avg_attn_pattern", 1])
+    again.cat(local)  # of one strategy, with its positions
+    assert torch.equal(again["avg_attn_pattern", 1], local["avg_attn_pattern", 1])
+    other = batch_recorded(model, some, [dc.Site("avg_attn_pattern", queries=slice(-2, None), align="end")])
+    with pytest.raises(dc.SchemaMismatch, match="holds a state of"):
+        again.cat(other)
+
+
+def some_on_ranks(rank, world_size, split):
+    model, cache = build("llama", max_position_embeddings=64), dc.DistributedCache()
+    some, label = texts((60, 23, 41, 5)), torch.tensor([1, 0, 1, 1])
+    by_label = dc.Grouped(dc.AveragePattern(size=64), 2, by="label")
+    sites = [
+        dc.Site("avg_attn_pattern", align="end"),
+        dc.Site("avg_attn_pattern", queries=slice(3, None), key="some_{layer}"),
+        dc.Site("avg_attn_pattern", reduce=by_label, key="by_label_{layer}"),
+    ]
+    mine = split[rank]
+    with cache.deferred_mode():
+        if mine:
+            with dc.record(model, sites, into=cache, index=mine, label=label[mine]), torch.no_grad():
+                model(**padded([some[i] for i in mine]))
+    return {key: cache[key] for key in sorted(cache)}
+
+
+def test_averages_of_some_positions_and_by_label_are_the_same_on_any_number_of_ranks(ranks):
+    [one] = ranks.run(1, some_on_ranks, [[0, 1, 2, 3]])
+    for split in ([[1, 3], [0, 2]], [[3], [], [0, 1, 2]]):
+        for found in ranks.run(len(split), some_on_ranks, split):
+            for key, value in one.items():
+                torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_what_a_model_writes_to_its_queries_later_changes_no_average(monkeypatch):
+    model, some = build("llama", max_position_embeddings=64), texts(LENGTHS["when the pass returns"])
+    expected = averaged([eager(model, text) for text in some])
+    attend = functional.scaled_dot_product_attention
+
+    def attend_and_overwrite(query, key, value, **options):
+        found = attend(query, key, value, **options)
+        query.zero_()
+        key.zero_()
+        return found
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend_and_overwrite)
+    local = batch_recorded(model, some, ["avg_attn_pattern"])
+    torch.testing.assert_close(local["avg_attn_pattern", :].double(), expected, rtol=0, atol=2e-6)
+
+
+def test_a_pass_that_raised_leaves_no_pattern_behind():
+    model, some = build("llama", max_position_embeddings=64), texts(LENGTHS["when the pass returns"])
+    expected = averaged([eager(model, text) for text in some])
+    model.set_attn_implementation("sdpa")
+    with dc.record(model, ["avg_attn_pattern"]) as local, torch.no_grad():
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**padded(some))
+        handle.remove()
+        assert len(local) == 0
+        model(**padded(some[:2]))
+        model(**padded(some[2:]))
+    torch.testing.assert_close(local["avg_attn_pattern", :].double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        (dict(queries=slice(-2, None)), "take align='end'"),
+        (dict(queries=slice(0, 2), reduce=dc.AveragePattern(align="end")), "say once which positions"),
+        (dict(reduce=dc.Grouped(dc.AveragePattern(size=8), 4, by="position")), "whole texts, which have no position"),
+        (dict(reduce=dc.Grouped(dc.Mean(), 4, by="label")), "brings its own state"),
+    ],
+    ids=["from the other end", "twice", "by position", "means by label"],
+)
+def test_positions_and_groups_that_mean_nothing_are_refused(site, words):
+    with pytest.raises(dc.SiteError, match=words), dc.record(build("llama"), [dc.Site("avg_attn_pattern", **site)]):
+        pass
+
+
+def test_labels_outside_of_the_groups_are_named_with_the_site_and_nothing_changes():
+    by_label = dc.Grouped(dc.AveragePattern(size=8), 2, by="label")
+    with dc.record(build("llama"), [dc.Site("avg_attn_pattern", reduce=by_label)], label=torch.tensor([0, 5])) as local:
+        with pytest.raises(dc.SiteError, match=r"'avg_attn_pattern' at layer 0: the column 'label' holds 5"):
+            local._recorder.model(**padded(texts((3, 2))))
+        assert len(local) == 0

@@ -13,7 +13,8 @@ from distcache.attention.statistics import (
     scratch_bytes,
     state_bytes,
 )
-from distcache.attention.taps import AttentionCall, tap_attention
+from distcache.attention.steps import Steps
+from distcache.attention.taps import AttentionCall, compiled_flex_attention, tap_attention
 
 __all__ = [
     "AttentionCall",
@@ -21,8 +22,10 @@ __all__ = [
     "Distance",
     "Pooled",
     "Statistic",
+    "Steps",
     "as_statistics",
     "check",
+    "compiled_flex_attention",
     "pattern",
     "pattern_statistics",
     "pattern_sum",

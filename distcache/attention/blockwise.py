@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,7 +166,24 @@ def _plain_arithmetic(device: torch.device) -> Iterator[None]:
         # Autocast would take the scores back to bf16.
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_whole_products(device))
         yield
+
+
+@contextmanager
+def _whole_products(device: torch.device) -> Iterator[None]:
+    """Products of float32 in float32, whatever `torch.set_float32_matmul_precision` says: TF32 errs by 1e-3."""
+    matmul: Any = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
+    name, whole = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name, whole)
+    if before == whole:
+        yield
+        return
+    setattr(matmul, name, whole)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 def check(call: AttentionCall, spans: Sequence[tuple[int, int]], size: int, heads: Sequence[int] | None) -> None:

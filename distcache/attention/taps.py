@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,31 @@ def tap_attention(
         _close(interface, tap)
 
 
+@contextmanager
+def compiled_flex_attention(as_before: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """transformers' flex attention, which is one compiled function for all models, becomes `as_before` of itself.
+
+    While all else runs eagerly it should be what it was: uncompiled it makes all scores, and other last bits.
+    Nothing, where no model has it.
+    """
+    module = sys.modules.get("transformers.integrations.flex_attention")
+    wrapped = getattr(module, "WrappedFlexAttention", None)
+    if wrapped is None:
+        yield
+        return
+    with _lock:
+        _flex.append(vars(wrapped)["__call__"])
+        compiled = _flex[0]
+        wrapped.__call__ = lambda self: as_before(compiled(self))
+    try:
+        yield
+    finally:
+        with _lock:
+            before = _flex.pop()
+            if not _flex:
+                wrapped.__call__ = before
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tap:
     modules: Mapping[int, nn.Module]  # by id; the values keep the ids from being reused
@@ -87,6 +113,7 @@ class _Tap:
 _ABSENT = object()
 _lock = threading.Lock()
 _taps: tuple[_Tap, ...] = ()  # replaced as a whole, so that a forward reads it without the lock
+_flex: list[Any] = []  # what gave flex attention before each open block; the first is its own
 _before: dict[str, Any] = {}  # what the class's own namespace held while nothing was tapped
 
 
