@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attention, merging, recording
+from benchmarks import attention, merging, pooling, recording
 from benchmarks.harness import WARM_UPS, Timings, slowest
 from distcache.testing import RankPool
 
 # Workloads of one process.
-ALONE = dict.fromkeys(recording.WORKLOADS, recording.on_rank) | dict.fromkeys(attention.WORKLOADS, attention.on_rank)
+ALONE = {name: module.on_rank for module in (recording, attention, pooling) for name in module.WORKLOADS}
 
 
 def run(name: str, world_size: int, rounds: int, device: str) -> list[Timings]:
@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
-    wanted = args.workloads or (*merging.WORKLOADS, *recording.WORKLOADS, *attention.BY_DEVICE[args.device])
+    of_device = attention.BY_DEVICE[args.device] + (pooling.WORKLOADS if args.device == "cpu" else ())
+    wanted = args.workloads or (*merging.WORKLOADS, *recording.WORKLOADS, *of_device)
     for world_size in args.ranks if args.device == "cpu" else [1]:
         for name in wanted:
             if name not in ALONE:

@@ -23,6 +23,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import sys
@@ -359,7 +360,7 @@ class Fault:
 
 def as_bytes(cache: dc.ActivationCache) -> bytes:
     """All of a cache, to the byte: states, rows, columns, registrations, notes, ledger."""
-    return codec.encode(cache._to_plain())
+    return pickle.dumps(cache)
 
 
 def _held(cache: dc.DistributedCache) -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,7 @@
 """Collect activations from models that run on many ranks, aggregate them, merge across the cluster once."""
 
+from typing import TYPE_CHECKING, Any
+
 from distcache import plot
 from distcache.attention import ByClass, Distance, Pooled
 from distcache.cache import ActivationCache
@@ -41,11 +43,15 @@ from distcache.strategies import (
 )
 from distcache.unembed import unembed
 
+if TYPE_CHECKING:
+    from distcache.pool import CachePool, pool_caches
+
 __all__ = [
     "ActivationCache",
     "AveragePattern",
     "BadCache",
     "ByClass",
+    "CachePool",
     "Cat",
     "Covariance",
     "Distance",
@@ -77,7 +83,17 @@ __all__ = [
     "init",
     "load",
     "plot",
+    "pool_caches",
     "record",
     "register_strategy",
     "unembed",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Ray, when it's asked for."""
+    if name in ("CachePool", "pool_caches"):
+        from distcache import pool
+
+        return getattr(pool, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

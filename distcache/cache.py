@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,8 +50,6 @@ from distcache.strategies import (
     Weighted,
     as_strategy,
     default_aggregation,
-    describe,
-    described,
 )
 
 if TYPE_CHECKING:
@@ -206,45 +203,14 @@ class ActivationCache:
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _from_plain, (codec.encode(self._to_plain()),)
+        """By name, states in flat buffers that protocol 5 ships out of band; what is unpickled has its own memory.
 
-    def _to_plain(self) -> dict[str, Any]:
-        """Everything but code as plain values; functions by the path they can be imported from, or ValueError.
-
-        TypeError, naming the key, for a value that is neither plain nor a tensor.
+        ValueError for a function that can't be imported; TypeError, naming the key, for a value that is neither plain
+        nor a tensor.
         """
-        self._resolve_all()
-        registry = []
-        for pattern, strategy in self._registry.items():
-            if isinstance(strategy, Function):
-                strategy.check_importable()
-            registry.append([pattern, _plain(describe(strategy))])
-        entries: list[list[Any]] = []
-        tables: dict[int, tuple[int, Columns]] = {}
-        for key, entry in self._entries.items():
-            if isinstance(entry, RawEntry):
-                entries.append([key, "raw", [_value_to_plain(key, value, tables) for value in entry.values]])
-            elif isinstance(entry, KeptEntry):
-                kept = _plain(describe(entry.strategy))
-                if isinstance(entry.state, Rows):
-                    pieces = [[piece.value_n, _table(piece.columns, tables)] for piece in entry.state.pieces]
-                    entries.append([key, "rows", kept, pieces])
-                else:
-                    values = [_value_to_plain(key, value, tables) for value in entry.state]
-                    entries.append([key, "list", kept, values])
-            else:
-                held = self._arena.entries[key]
-                entries.append(
-                    [key, "fields", _plain(describe(held.strategy)), self._arena.state(key), held.schema.result]
-                )
-        return {
-            "registry": registry,
-            "entries": entries,
-            "tables": [[dict(c.by_name), c.indexed] for _, c in tables.values()],
-            "notes": dict(self._notes),
-            "ledger": self._ledger.to_plain(),
-            "num_samples": self._num_samples,
-        }
+        from distcache.packed import owned, pack  # above this module in the import order, so only when asked
+
+        return owned, (pack(self),)
 
     # -- merging -----------------------------------------------------------------------------------------------
 
@@ -547,9 +513,18 @@ class ActivationCache:
         self._kept_digest %= DIGEST_MODULUS
         self._entries[key] = entry
 
+    def _set_placement(self, key: str, placement: str) -> None:
+        """Note in a state's schema how its key lies over a mesh. `SchemaMismatch` for one that can't be split so."""
+        entry = self._entries[key]
+        if entry is REDUCED:
+            self._arena.set_placement(key, placement)
+        elif isinstance(entry, KeptEntry) and entry.schema.placement != placement:
+            self._put(key, KeptEntry(entry.strategy, entry.state, replace(entry.schema, placement=placement)))
+
     def _set_kept(self, key: str, strategy: Strategy, state: Any) -> None:
         self._put(key, KeptEntry.of(key, strategy, state))
 
+    @held_interrupts()
     def _take_over(self, other: ActivationCache) -> None:
         """Add copies of the other's entries, which hold nothing here; values are shared, states aren't."""
         other._resolve_all()
@@ -607,22 +582,33 @@ class ActivationCache:
                 join.add_values(key, entry.values, None, renumber)
         ledger = other._ledger if samples is None else _ledger_of(join.reduced, samples)
         self._ledger.check_all(ledger)
-        self._apply(join, other._entries)
-        self._ledger.add_all(ledger)
-        self._notes.update({key: note for key, note in other._notes.items() if key not in self._notes})
-        if samples is None:
-            self._num_samples += other._num_samples
+        with held_interrupts():  # what counts and what is known to count change together
+            self._apply(join, other._entries)
+            self._ledger.add_all(ledger)
+            self._notes.update({key: note for key, note in other._notes.items() if key not in self._notes})
+            if samples is None:
+                self._num_samples += other._num_samples
 
-    @held_interrupts()
     def _apply(self, join: Join, order: Iterable[str]) -> None:
-        """Do what was planned; new keys come in the given order."""
+        """Do what was planned, without Ctrl-C amid it; new keys come in the given order."""
         made: list[str] = []
+        begun: list[str] = []  # that are held, and that something is being added to
         try:  # what may fail for want of memory comes before the first change
             for slab in join.slabs:
                 made.extend(self._arena.make_room(slab.keys, slab.strategy, slab.state, slab.result))
-        except BaseException:
+            for slab in join.slabs:
+                if slab.adds is not None:
+                    begun.extend(() if slab.keys[0] in made else slab.keys)
+                    self._arena.add(slab.keys, slab.adds)
+        except BaseException as error:
             for key in made:
                 self._arena.drop(key)
+            self._arena.spoil(begun)
+            if begun and isinstance(error, Exception):  # such as a GPU without memory for what is computed on the way
+                raise DistcacheError(
+                    f"what a pass gives {begun[0]!r} was added in part ({type(error).__name__}: {error}), so that "
+                    f"the values of {len(begun)} keys are NaN from now on. Make a new cache, and take smaller batches."
+                ) from error
             raise
         if join.whole is not None:
             self._arena.fold_arena(join.whole)
@@ -634,8 +620,6 @@ class ActivationCache:
         for slab in join.slabs:
             if slab.adds is None:
                 self._arena.fold(slab.keys, slab.state)
-            else:
-                self._add(slab.keys, slab.adds)
             for key in slab.keys:
                 self._entries[key] = REDUCED
         for entry, state in join.grown:
@@ -646,17 +630,6 @@ class ActivationCache:
             raw = self._entries[key]
             assert isinstance(raw, RawEntry)
             raw.values.extend(values)
-
-    def _add(self, keys: tuple[str, ...], adds: Callable[[State], None]) -> None:
-        """Have a state that isn't computed yet added."""
-        try:
-            self._arena.add(keys, adds)
-        except Exception as error:  # such as a GPU that has no memory for what is computed on the way
-            raise DistcacheError(
-                f"what a pass gives {keys[0]!r} was added in part, and keys after it have none of it "
-                f"({type(error).__name__}: {error}): their values mean nothing any more. Make a new cache, and take "
-                "smaller batches."
-            ) from error
 
     @property
     def _receiving(self) -> ActivationCache:
@@ -687,10 +660,11 @@ class ActivationCache:
                 join.add_values(one.key, [one.value], one.strategy, renumber)
         ledger = Ledger() if samples is None else _ledger_of(join.reduced, samples)
         self._ledger.check_all(ledger)
-        self._apply(join, order)
-        self._ledger.add_all(ledger)
-        if samples is None:
-            self._num_samples += num_samples
+        with held_interrupts():
+            self._apply(join, order)
+            self._ledger.add_all(ledger)
+            if samples is None:
+                self._num_samples += num_samples
 
     def _call_functions(self) -> None:
         """Call plain functions on the lists they have collected."""
@@ -769,62 +743,3 @@ def _stacked(values: Sequence[Any], site: str) -> Any:
     if len(shapes) > 1 or not isinstance(values[0], Tensor):
         raise ValueError(f"cannot stack the values of site {site!r}: expected tensors of one shape, got {shapes}.")
     return torch.stack(list(values))
-
-
-def _plain(description: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(description))
-
-
-def _table(columns: Columns | None, tables: dict[int, tuple[int, Columns]]) -> int | None:
-    if columns is None:
-        return None
-    return tables.setdefault(id(columns), (len(tables), columns))[0]
-
-
-def _value_to_plain(key: str, value: Value, tables: dict[int, tuple[int, Columns]]) -> list[Any]:
-    data, weight = value.data, value.weight
-    weighted = isinstance(data, Weighted)
-    if isinstance(data, Weighted):
-        data, weight = data.value, data.weight
-    codec.check_plain(data, repr(key))
-    return [data, value.rows, _table(value.columns, tables), weight, weighted]
-
-
-def _from_plain(data: bytes) -> ActivationCache:
-    """The inverse of pickling. Functions are imported from the paths that pickling checked."""
-    plain = codec.decode(data)
-    cache = ActivationCache()
-    tables = [Columns(by_name, indexed) for by_name, indexed in plain["tables"]]
-
-    def columns(number: int | None) -> Columns | None:
-        return None if number is None else tables[number]
-
-    def value(fields: list[Any]) -> Value:
-        data, rows, table, weight, weighted = fields
-        if weighted:
-            return Value(Weighted(data, weight), rows, columns(table))
-        return Value(data, rows, columns(table), weight)
-
-    for pattern, description in plain["registry"]:
-        cache._registry[pattern] = _imported(description)
-    for key, kind, *rest in plain["entries"]:
-        if kind == "raw":
-            cache._entries[key] = RawEntry([value(fields) for fields in rest[0]])
-        elif kind == "rows":
-            cache._set_kept(key, _imported(rest[0]), Rows(Piece(t, columns(c)) for t, c in rest[1]))
-        elif kind == "list":
-            cache._set_kept(key, _imported(rest[0]), [value(fields) for fields in rest[1]])
-        else:
-            strategy = described(rest[0])
-            assert isinstance(strategy, Fieldwise)
-            cache._put_state((key,), strategy, rest[1], codec.dtype_named(rest[2]), leading=False)
-    cache._notes = plain["notes"]
-    cache._ledger = Ledger.from_plain(plain["ledger"])
-    cache._num_samples = plain["num_samples"]
-    return cache
-
-
-def _imported(description: dict[str, Any]) -> Strategy:
-    if description["name"] == "function":
-        return Function.at(description["parameters"]["function"])
-    return described(description)

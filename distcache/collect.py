@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from distcache.cache import ActivationCache
 from distcache.comm import StoreLost
 from distcache.distributed import DistributedCache
 from distcache.errors import TooLarge
-from distcache.hooks import record
+from distcache.hooks import Recording, record
 from distcache.memory import available_bytes, human
 from distcache.sites import Sites
 from distcache.strategies import Rows
@@ -66,18 +68,11 @@ def collect(
     Raises what `record` and `DistributedCache.deferred_mode` raise; `TooLarge` after the first batch if the rows that
     are kept would not fit (see `foresee`); TypeError where `data` has no length.
     """
-    if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
-        raise TypeError(
-            f"collect expects samples by number, with a length, got {type(data).__name__}. For a loader write the "
-            "loop: for index, batch in cache.share(loader)."
-        )
-    if batch_size < 1:
-        raise ValueError(f"batch_size is at least 1, got {batch_size}.")
-    if model.training:
-        log.warning("the model is in training mode, where dropout changes what is recorded: call model.eval() first.")
+    check_samples(data, batch_size)
+    warn_if_training(model)
     collate, forward = collate or pad_and_stack, forward or run_batch
     cache = DistributedCache() if cache is None else cache
-    starts = range(cache.rank * batch_size, len(data), cache.world_size * batch_size)
+    starts = range(cache.data_rank * batch_size, len(data), cache.data_world_size * batch_size)
     with (
         counting(cache, len(data), progress) as done,
         cache.deferred_mode(),
@@ -86,12 +81,7 @@ def collect(
     ):
         for number, start in enumerate(starts):
             index = range(start, min(start + batch_size, len(data)))
-            samples = [data[i] for i in index]
-            beside = {name: _column(name, [_field(sample, name) for sample in samples]) for name in columns}
-            if columns:
-                samples = [{k: v for k, v in sample.items() if k not in columns} for sample in samples]
-            rec.next(index=index, **beside)
-            forward(model, collate(samples))
+            run_samples(rec, model, data, index, collate, forward, columns)
             if number == 0:
                 foresee(cache, len(index), len(data))
             done(len(index))
@@ -99,29 +89,78 @@ def collect(
     return cache
 
 
+def check_samples(data: Any, batch_size: int) -> None:
+    """TypeError where `data` isn't samples by number, ValueError for batches of none."""
+    if not isinstance(data, Sized) or not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"collect expects samples by number, with a length, got {type(data).__name__}. For a loader write the "
+            "loop: for index, batch in cache.share(loader)."
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1, got {batch_size}.")
+
+
+def warn_if_training(model: nn.Module) -> None:
+    if model.training:
+        log.warning("the model is in training mode, where dropout changes what is recorded: call model.eval() first.")
+
+
+def run_samples(
+    rec: Recording,
+    model: nn.Module,
+    data: Samples,
+    index: range,
+    collate: Callable[[list[Any]], Any],
+    forward: Callable[[nn.Module, Any], Any],
+    columns: Sequence[str],
+) -> None:
+    """One batch, of these samples: a contribution of `rec` that carries their numbers."""
+    samples = [data[i] for i in index]
+    beside = {name: _column(name, [_field(sample, name) for sample in samples]) for name in columns}
+    if columns:
+        samples = [{k: v for k, v in sample.items() if k not in columns} for sample in samples]
+    rec.next(index=index, **beside)
+    forward(model, collate(samples))
+
+
 def foresee(cache: DistributedCache, num_samples: int, total: int) -> None:
     """Tell early whether the rows that are kept will fit, from those of the first samples: this rank's share of the
     data set until the merge, and after it everything, where the content is held.
 
-    It's an estimate, as texts differ in length: `TooLarge` where it's twice what is free, a warning where it's more.
+    See `check_foreseen`.
     """
-    tensors = [piece.value_n for entry in cache._held.delta._kept().values() if isinstance(entry.state, Rows)
-               for piece in entry.state.pieces]  # fmt: skip
+    kept = kept_bytes(cache._held.delta)
     held = cache._comm.world_size if cache.dst is None else 1
     copies = len(cache._comm.colocated) / cache.world_size + min(held, len(cache._comm.colocated))
-    for device in {tensor.device for tensor in tensors}:
-        kept = sum(tensor.nbytes for tensor in tensors if tensor.device == device)
-        need = kept / num_samples * total * (copies if device.type == "cpu" else 2)
-        free = available_bytes(device)
-        if need > free:
-            words = (
-                f"the rows of {total} samples will need about {human(need)} on {device}, {human(free)} are free. Keep "
-                "fewer tokens (Site(tokens='last')) or layers, reduce at the site (reduce=dc.Mean()), or hold the "
-                "result on one rank: DistributedCache(dst=0)."
-            )
-            if need > 2 * free:
-                raise TooLarge(words)
-            log.warning(words)
+    for device, nbytes in kept.items():
+        need = nbytes / num_samples * total * (copies if device.type == "cpu" else 2)
+        check_foreseen(need, device, total, ", or hold the result on one rank: DistributedCache(dst=0)")
+
+
+def kept_bytes(cache: ActivationCache) -> Counter[torch.device]:
+    """The bytes of the rows that a cache keeps, by device."""
+    kept = Counter[torch.device]()
+    for entry in cache._kept().values():
+        if isinstance(entry.state, Rows):
+            for piece in entry.state.pieces:
+                kept[piece.value_n.device] += piece.value_n.nbytes
+    return kept
+
+
+def check_foreseen(need: float, device: torch.device, total: int, otherwise: str = "") -> None:
+    """Compare what the rows of all samples will need, in bytes, with what is free on a device.
+
+    It's an estimate, as texts differ in length: `TooLarge` where it's twice what is free, a warning where it's more.
+    """
+    free = available_bytes(device)
+    if need > free:
+        words = (
+            f"the rows of {total} samples will need about {human(need)} on {device}, {human(free)} are free. Keep "
+            f"fewer tokens (Site(tokens='last')) or layers, or reduce at the site (reduce=dc.Mean()){otherwise}."
+        )
+        if need > 2 * free:
+            raise TooLarge(words)
+        log.warning(words)
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
@@ -201,7 +240,7 @@ def counting(cache: DistributedCache, total: int, shown: bool) -> Iterator[Calla
 
     def done(num_samples: int) -> None:
         nonlocal waiting, told
-        waiting += num_samples
+        waiting += num_samples if cache.speaks else 0  # of ranks that run the same samples one counts them
         if waiting and (num_samples == 0 or time.monotonic() - told > 0.5):
             with contextlib.suppress(StoreLost):
                 store.add(key, waiting)
@@ -210,21 +249,29 @@ def counting(cache: DistributedCache, total: int, shown: bool) -> Iterator[Calla
     if not shown or cache.rank != 0:
         yield done
         return
+    try:
+        with showing(lambda: store.add(key, 0), total):
+            yield done
+    finally:
+        with contextlib.suppress(StoreLost):
+            store.delete(key)
+
+
+@contextlib.contextmanager
+def showing(count: Callable[[], int], total: int) -> Iterator[None]:
+    """Show how many of `total` samples are done, on stderr, as long as the block runs.
+
+    A bar on a terminal, one line that is written anew in a notebook, a line now and then elsewhere.
+    """
     stop = threading.Event()
-    show = _show_bar if sys.stderr.isatty() else _show_lines
-
-    def count() -> int:
-        return store.add(key, 0)
-
+    show = _show_bar if sys.stderr.isatty() else _show_one_line if "ipykernel" in sys.modules else _show_lines
     thread = threading.Thread(target=show, args=(count, total, stop), name="distcache-progress", daemon=True)
     thread.start()
     try:
-        yield done
+        yield
     finally:
         stop.set()
         thread.join(5)
-        with contextlib.suppress(StoreLost):
-            store.delete(key)
 
 
 def _show_lines(count: Callable[[], int], total: int, stop: threading.Event) -> None:
@@ -235,10 +282,18 @@ def _show_lines(count: Callable[[], int], total: int, stop: threading.Event) -> 
         _line(count(), total, started)
 
 
-def _line(count: int, total: int, started: float) -> None:
+def _show_one_line(count: Callable[[], int], total: int, stop: threading.Event) -> None:
+    started = time.monotonic()
+    with contextlib.suppress(StoreLost):
+        while not stop.wait(0.5):
+            _line(count(), total, started, "\r", end="")
+        _line(count(), total, started, "\r")
+
+
+def _line(count: int, total: int, started: float, begin: str = "", end: str = "\n") -> None:
     seconds = time.monotonic() - started
     rate = f"{count} of {total} samples in {seconds:.0f} s, {count / seconds:.1f}/s"
-    print(f"distcache: {rate}", file=sys.stderr, flush=True)
+    print(f"{begin}distcache: {rate}", end=end, file=sys.stderr, flush=True)
 
 
 def _show_bar(count: Callable[[], int], total: int, stop: threading.Event) -> None:

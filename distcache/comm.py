@@ -367,7 +367,15 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def rebuild(self, generation: str) -> None:
-        """Fresh private groups, after the old ones were spent."""
+        """Fresh private groups, after the old ones were spent; those of parts too."""
+
+    def part(self, ranks: Sequence[int]) -> Communicator:
+        """A communicator over some of the ranks, this one among them, with the store, the heart and the limits of the
+        whole: a collective over these. What fails in a part is decided, and its groups made anew, by the whole.
+        """
+        if tuple(ranks) == tuple(range(self.world_size)):
+            return self
+        raise NotImplementedError(f"{type(self).__name__} has no parts.")
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -428,6 +436,7 @@ class TorchComm(Communicator):
         self.store.prefix = f"{name}/{number}/"
         self._base = dist.PrefixStore(f"{name}/{number}", store)
         self._nccl = nccl
+        self._parts: list[TorchComm] = []
         try:
             self._open("0")
             host = int.from_bytes(hashlib.blake2b(socket.gethostname().encode(), digest_size=7).digest(), "little")
@@ -454,9 +463,27 @@ class TorchComm(Communicator):
                 )
         self.broken = False
 
+    def part(self, ranks: Sequence[int]) -> Communicator:
+        if tuple(ranks) == tuple(range(self.world_size)):
+            return self
+        twin = object.__new__(TorchComm)
+        twin.rank, twin.ranks = list(ranks).index(self.rank), tuple(self.ranks[rank] for rank in ranks)
+        twin.timeout_s, twin.store, twin.heart, twin._nccl, twin._parts = (
+            self.timeout_s, self.store, self.heart, self._nccl, [],
+        )  # fmt: skip
+        twin.colocated = tuple(place for place, rank in enumerate(ranks) if rank in self.colocated)
+        twin._base = dist.PrefixStore(f"part/{','.join(map(str, ranks))}", self._base)
+        try:
+            twin._open("0")
+        except _COMM_ERRORS as error:
+            raise PeerFailed(f"not all ranks of {list(ranks)} could connect: {_one_line(error)}") from error
+        self._parts.append(twin)
+        return twin
+
     def rebuild(self, generation: str) -> None:
         try:
-            self._open(generation)
+            for comm in (self, *self._parts):
+                comm._open(generation)
         except _COMM_ERRORS as error:
             self.broken = True
             raise CommFailed(f"could not connect to all ranks again: {_one_line(error)}") from error

@@ -14,8 +14,10 @@ from torch import Tensor
 from distcache.cache import ActivationCache, Explained, site_keys
 from distcache.comm import CommFailed, Communicator, ProcessGroup, Store, open_comm
 from distcache.dealing import share
+from distcache.entries import matches
 from distcache.errors import HeldElsewhere, MergeInDoubt, PeerFailed, SchemaMismatch
-from distcache.merge import Facts, Held, Party, merge, new_delta
+from distcache.merge import Facts, Held, Model, Party, merge, new_delta
+from distcache.mesh import Placement, mesh_of
 from distcache.protocol import (
     COMMIT,
     announce,
@@ -127,6 +129,14 @@ class DistributedCache(_Reading):
         wait_s: limit of waiting for a peer that is alive but busy.
         bucket_bytes: the largest piece that one collective moves.
         store: a torch store that outlives the ranks and can compare and set; by default the job's.
+        mesh: a torch DeviceMesh of named axes over the group's ranks, for a model that lies on several of them. What
+            ranks hold is reduced over data axes alone, where it is; what others have seen of the same samples counts
+            once, and is put together: split keys (`register_sharding`) along their dim, and keys of some ranks alone,
+            such as a pipeline's stages, as a union.
+        data_axes: the mesh's axes along which ranks have samples of their own; None for those that are called so
+            (`distcache.mesh.DATA_AXES`).
+        check: "replicas": compare a sample of what all ranks of a model hold, and raise `SchemaMismatch` where it isn't
+            the same.
     """
 
     def __init__(
@@ -138,7 +148,14 @@ class DistributedCache(_Reading):
         wait_s: float = 86400,
         bucket_bytes: int = 25 * 2**20,
         store: Store | None = None,
+        mesh: Any = None,
+        data_axes: Iterable[str] | None = None,
+        check: Literal["replicas"] | None = None,
     ) -> None:
+        if check not in (None, "replicas") or (mesh is None and (data_axes is not None or check is not None)):
+            raise ValueError(f"check is 'replicas' or None, and with data_axes of a mesh: got {check=}, {mesh=}.")
+        if mesh is not None and dst == "shard":
+            raise ValueError('with a mesh dst is a rank or None: dst="shard" leaves rows where they are, in pieces.')
         if timeout_s <= 0 or wait_s <= 0 or bucket_bytes < 1:
             raise ValueError(f"limits are positive, got {timeout_s=}, {wait_s=}, {bucket_bytes=}.")
         comm = open_comm(group, store, timeout_s)
@@ -146,6 +163,15 @@ class DistributedCache(_Reading):
             comm.close()
             raise ValueError(f"dst is a rank below {comm.world_size}, 'shard' or None, got {dst!r}.")
         self._comm: Communicator = comm
+        self._placements: dict[str, Placement] = {}  # by pattern
+        self._placed: dict[str, str] = {}  # by key
+        try:
+            self._mesh = None if mesh is None else mesh_of(mesh, data_axes, comm.ranks, comm.rank)
+            self._part: Communicator | None = None if self._mesh is None else comm.part(self._mesh.data_ranks)
+            self._model = self._model_of(dst, check) if self._mesh is not None else None
+        except BaseException:
+            comm.close()
+            raise
         self._store = store
         self._dst: int | Literal["shard"] | None = dst
         self._wait_s = wait_s
@@ -155,6 +181,47 @@ class DistributedCache(_Reading):
         self._attempt = 0
         self._deferred = False
         self._dealt = 0  # a digest of the orders that `share` has dealt since the last merge
+
+    def _model_of(self, dst: int | Literal["shard"] | None, check: str | None) -> Model | None:
+        """The ranks that have parts of the same model as this one; None where it has all of it. A collective."""
+        mesh = self._mesh
+        assert mesh is not None
+        if len(mesh.model_ranks) == 1:
+            return None
+        to = None
+        if isinstance(dst, int):
+            holder = mesh.coordinate(dst)
+            to = next(place for place, rank in enumerate(mesh.model_ranks)
+                      if all(mesh.coordinate(rank)[axis] == holder[axis] for axis in mesh.model_axes))  # fmt: skip
+        return Model(self._comm, self._comm.part(mesh.model_ranks), mesh, to, check is not None)
+
+    def _data_dst(self) -> int | None:
+        """Of the ranks that reduce together, the one that the content, or its piece of it, goes to."""
+        mesh, dst = self._mesh, self._dst
+        if mesh is None or not isinstance(dst, int):
+            return dst if isinstance(dst, int) else None
+        holder = mesh.coordinate(dst)
+        return next(place for place, rank in enumerate(mesh.data_ranks)
+                    if all(mesh.coordinate(rank)[axis] == holder[axis] for axis in mesh.data_axes))  # fmt: skip
+
+    @property
+    def _data(self) -> Communicator:
+        """The ranks that reduce together."""
+        return self._comm if self._part is None else self._part
+
+    @property
+    def data_rank(self) -> int:
+        """This process's place among the ranks that have samples of their own: all, but for a mesh's others."""
+        return self._data.rank
+
+    @property
+    def data_world_size(self) -> int:
+        return self._data.world_size
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the first of the ranks that see the same samples."""
+        return self._model is None or self._model.comm.rank == 0
 
     @property
     def rank(self) -> int:
@@ -228,13 +295,13 @@ class DistributedCache(_Reading):
         return torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(shards.num_rows[key]).cumsum(0)])
 
     def __contains__(self, key: object) -> bool:
-        return key in self._held.facts.schemas
+        return key in self._held.facts.all_keys
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._held.facts.schemas))
+        return iter(list(self._held.facts.all_keys))
 
     def __len__(self) -> int:
-        return len(self._held.facts.schemas)
+        return len(self._held.facts.all_keys)
 
     def __str__(self) -> str:
         return repr(self) if self._dst not in (None, self.rank) else super().__str__()
@@ -252,6 +319,37 @@ class DistributedCache(_Reading):
             content._registry = before
             raise
         delta._registry = content._registry
+
+    def register_sharding(self, key_pattern: str, dim: int, axis: str) -> None:
+        """Say that keys, as `register_aggregation` matches them, are split over an axis of the mesh that isn't data's.
+
+        `dim`: of a value, or of a row, from its end, −1 the last: pieces lie along it in the order of the axis's
+        coordinates, and may differ in size. Say it again for a further axis. Every rank must say alike, before values
+        of such keys come: `SchemaMismatch` at the merge where ranks differ. ValueError for an axis that can't be.
+        """
+        mesh = self._mesh
+        if mesh is None:
+            raise ValueError("register_sharding is of a mesh's axes: DistributedCache(mesh=…, data_axes=[…]).")
+        if axis not in mesh.model_axes:
+            raise ValueError(f"axis is one of {mesh.model_axes}, along which ranks see the same samples, got {axis!r}.")
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim >= 0:
+            raise ValueError(f"dim counts from the end of a value's dims, −1 is the last, got {dim!r}.")
+        if key_pattern and any(matches(key_pattern, key) for key in (*self._held.delta, *self)):
+            raise ValueError(f"there are values of {key_pattern!r} already: register where they are split before.")
+        before = [pair for pair in self._placements.get(key_pattern, Placement()).dims if pair[0] != axis]
+        self._placements[key_pattern] = Placement((*before, (axis, dim)))
+        self._placed.clear()
+
+    def _place(self, cache: ActivationCache) -> None:
+        """Note in a cache's schemas how its keys lie over the mesh. `SchemaMismatch` for what can't be split."""
+        if not self._placements:
+            return
+        for key in cache:
+            if key not in self._placed:
+                found = [pattern for pattern in self._placements if matches(pattern, key)]
+                exact = key if key in self._placements else max(found, key=len, default="")
+                self._placed[key] = str(self._placements.get(exact, Placement()))
+            cache._set_placement(key, self._placed[key])
 
     def cat(self, local: ActivationCache, index: Iterable[int] | Tensor | None = None) -> None:
         """Fold a rank's cache into its delta; outside deferred mode a collective that merges at once.
@@ -297,6 +395,7 @@ class DistributedCache(_Reading):
         if any(key in held.facts.schemas and key not in held.delta for key in local):
             part = new_delta(held.content)
             part._absorb(local, index=index)
+            self._place(part)
             for key, schema in part._schemas().items():
                 known = held.facts.schemas.get(key, schema)
                 if known != schema:
@@ -372,10 +471,12 @@ class DistributedCache(_Reading):
         self._merge()
 
     def _merge(self) -> None:
+        limits = (self._data_dst(), self._wait_s, self._bucket_bytes)
         shard = self._dst == "shard"
-        limits = (None if shard else self._dst, self._wait_s, self._bucket_bytes)
         try:
-            merge(Party(self._comm, self._attempt, self._held, *limits, self._dealt, shard))  # type: ignore[arg-type]
+            with attempt(self._comm, self._attempt):
+                self._place(self._held.delta)
+            merge(Party(self._data, self._attempt, self._held, *limits, self._dealt, shard, self._model))
         finally:
             self._attempt, self._dealt = self._attempt + 1, 0
 
@@ -392,6 +493,8 @@ class DistributedCache(_Reading):
         """
         if self._deferred:
             raise RuntimeError("deferred_mode is open: end the block first.")
+        if self._mesh is not None:
+            raise ValueError("a cache of a mesh can't go to another group, whose mesh is another: make a new one.")
         comm = open_comm(group, self._store, self._comm.timeout_s)
         try:
             dst = self._dst if self._dst is None else self._find_content(comm)
@@ -464,7 +567,7 @@ class DistributedCache(_Reading):
 
         Not a collective, but every rank must call it with the same loader: the next merge finds out if it didn't.
         """
-        order, batches = share(loader, self.rank, self.world_size)
+        order, batches = share(loader, self.data_rank, self.data_world_size)
         self._dealt = (self._dealt + order) % DIGEST_MODULUS
         return batches
 

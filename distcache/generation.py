@@ -99,7 +99,9 @@ def begun(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, a
     own = getattr(model, "generation_config", None)
 
     def option(name: str) -> Any:
-        found = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(own, name, None))
+        if name in given:  # None, too: no end, whatever the configurations say
+            return given[name]
+        found = (getattr(given.get("generation_config"), name, None), getattr(own, name, None))
         return next((value for value in found if value is not None), None)
 
     for name in ("num_beams", "num_return_sequences"):

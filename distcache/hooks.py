@@ -26,6 +26,7 @@ from distcache.entries import Shown, Slab, registered
 from distcache.errors import SiteError, TooLarge
 from distcache.families import module_paths, named_modules, wrapped
 from distcache.generation import Generation, begun, token_ids_of, tokens_held
+from distcache.interrupts import held_interrupts
 from distcache.memory import available_bytes, human
 from distcache.midst import (
     FUSED,
@@ -192,7 +193,7 @@ class _Recorder:
         self.went_on = False  # whether any text was
         self.staged = Staged()
         self.waiting = Waiting()
-        self.steps: dict[int, Steps] = {}  # of a generation, by the id of the module that attends
+        self.steps: dict[tuple[int, bool], Steps] = {}  # of a generation, by the module's id and how it's reached
         self.passes: dict[int, list[Batch]] = {}  # and by the id of a target
         self.seen_in: dict[int, Stream] = {}  # by the id of a target: where it has reported
         # Of the pass that is under way:
@@ -321,6 +322,7 @@ class _Recorder:
                 self._fold()
             finally:
                 self.generating, self.staged = False, Staged()
+                self.steps, self.passes = {}, {}
             return result
 
         return generating
@@ -364,11 +366,11 @@ class _Recorder:
         self.offload.wait()
         indexed = self.samples if self.given.index is not None and not self.counted else None
         num_samples = 0 if self.counted else len(self.samples)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), held_interrupts():
             slabs, shown = self.staged.slabs, self.staged.in_order()
             self._sink()._take_pass(slabs, shown, self.order, num_samples, indexed, raw=self.into is None)
-        self.staged, self.used, self.counted = Staged(), True, True
-        self.indexed = self.given.index is not None
+            self.staged, self.used, self.counted = Staged(), True, True
+            self.indexed = self.given.index is not None
 
     # -- one pass ----------------------------------------------------------------------------------------------
 
@@ -489,7 +491,7 @@ class _Recorder:
             self._stop_here(target)
         if shown:
             with apart(call.query_bhqd.device):
-                self.steps.setdefault(id(call.module), Steps()).add(call)
+                self.steps.setdefault((id(call.module), by_function), Steps()).add(call)
 
     def _attend_whole(self) -> None:
         """What the passes of a generation have shown of attention, as one pass over the whole texts."""
@@ -497,7 +499,8 @@ class _Recorder:
             if id(target) in self.passes:
                 batch = joined(self.passes[id(target)])
                 self._check_room(batch)
-                self._take_patterns(target, self.steps[id(target.module)].whole(), batch)
+                whole = self.steps[id(target.module), target.by_function].whole()
+                self._take_patterns(target, whole, batch)
 
     def _take_patterns(self, target: AttentionTarget, call: AttentionCall, batch: Batch) -> None:
         with apart(call.query_bhqd.device):

@@ -21,13 +21,15 @@ from torch import Tensor
 
 from distcache import codec
 from distcache.cache import ActivationCache
-from distcache.comm import Communicator, StoreLost, Transfer
+from distcache.comm import Communicator, Poll, StoreLost, Transfer
 from distcache.entries import REDUCED, KeptEntry, copied, registered
 from distcache.errors import DuplicateSamples, MergeInDoubt, SchemaMismatch, TooLarge
 from distcache.interrupts import held_interrupts
 from distcache.join import Renumber
 from distcache.ledger import Ledger
 from distcache.memory import available_bytes, human
+from distcache.mesh import Mesh
+from distcache.pieces import Arrived, Assembly, Kept, assemble, decode_list, encode_list, plan_assembly, tell
 from distcache.plan import (
     Block,
     Holdings,
@@ -54,7 +56,7 @@ from distcache.protocol import (
 )
 from distcache.schema import DIGEST_MODULUS, KeySchema, digest_of, natural_order, strategy_facts, union
 from distcache.segments import Arena, Cut
-from distcache.strategies import Columns, Fieldwise, Function, Piece, Rows, State, Strategy, Value, described
+from distcache.strategies import Columns, Fieldwise, Function, Piece, Rows, Strategy, Value, described
 
 log = logging.getLogger("distcache")
 
@@ -75,6 +77,12 @@ class Facts:
     usual_kept: tuple[str, ...] = ()  # those of its keys whose values are kept, sorted
     usual_reduced: frozenset[str] = frozenset()  # the others
     shards: Shards | None = None  # with dst="shard", once something was merged
+    keys: tuple[str, ...] | None = None  # of a model on several ranks, those of all of them
+
+    @property
+    def all_keys(self) -> Mapping[str, Any] | tuple[str, ...]:
+        """The keys of the content, in its order."""
+        return self.schemas if self.keys is None else self.keys
 
 
 @dataclass(slots=True)
@@ -125,9 +133,22 @@ def new_delta(content: ActivationCache) -> ActivationCache:
     return delta
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Of a model that lies on several ranks: these, `comm`, which have seen the same samples; `to`: the one that holds
+    the content, None for all. `check`: whether what all of them hold is compared.
+    """
+
+    whole: Communicator
+    comm: Communicator
+    mesh: Mesh
+    to: int | None
+    check: bool
+
+
 @dataclass(slots=True)
 class Party:
-    """One rank's part in a merge: what it holds and the limits it was given.
+    """One rank's part in a merge: what it holds and the limits it was given. `comm`: the ranks that reduce together.
 
     `shard`: rows stay where they are, and each reduction goes to its owner; `dst` is None then.
     """
@@ -140,9 +161,17 @@ class Party:
     bucket_bytes: int
     dealt: int
     shard: bool = False
+    model: Model | None = None
+
+    @property
+    def whole(self) -> Communicator:
+        """All ranks, which begin and end together; of them those of `comm` reduce."""
+        return self.comm if self.model is None else self.model.whole
 
     @property
     def holds_content(self) -> bool:
+        if self.model is not None and self.model.to not in (None, self.model.comm.rank):
+            return False
         return self.dst is None or self.dst == self.comm.rank
 
 
@@ -153,7 +182,7 @@ def merge(party: Party) -> None:
     what an aggregation raised here. After all of these nothing has changed anywhere.
     `MergeInDoubt`: the store was lost after this rank's yes; the next merge finds out what became of it.
     """
-    comm, held = party.comm, party.held
+    comm, held = party.whole, party.held
     with attempt(comm, party.number):
         arrive(comm, party.number, party.wait_s, "merge")
         with moving(comm):
@@ -378,9 +407,9 @@ def _exchange_rooms(
     return rooms
 
 
-def tell_all(comm: Communicator, blob: bytes) -> list[bytes]:
+def tell_all(comm: Communicator, blob: bytes, poll: Poll | None = None) -> list[bytes]:
     """Every rank's bytes, of a length that only it knows: a collective."""
-    poll = poll_decision(comm)
+    poll = poll or poll_decision(comm)
     sizes = [row[0] for row in comm.gather([len(blob)], poll)]
     return comm.gather_bytes(blob, sizes, poll)
 
@@ -454,23 +483,6 @@ def _indexed(values: Sequence[Value]) -> bool:
     return any(value.columns is not None and value.columns.indexed for value in values)
 
 
-def encode_list(values: Sequence[Value]) -> bytes:
-    """Whole values as bytes, each with its samples' indices if it has them."""
-    plain = []
-    for value in values:
-        indexed = value.columns is not None and value.columns.indexed
-        plain.append([value.data, value.columns.by_name["sample"] if indexed and value.columns else None])
-    return codec.encode(plain)
-
-
-def decode_list(data: bytes) -> list[Value]:
-    values = []
-    for item, sample in codec.decode(data):
-        columns = None if sample is None else Columns({"sample": sample, "position": torch.zeros_like(sample)}, True)
-        values.append(Value(item, columns=columns))
-    return values
-
-
 # -- move ------------------------------------------------------------------------------------------------------
 
 
@@ -489,10 +501,13 @@ def move(party: Party, plan: MergePlan, offers: Sequence[Offer], records: Sequen
     buffers = _send(party, plan)
     states = scratch if cut is None else cut.part(scratch)
     arrived = _unpack(plan, buffers, first)
+    ledger = facts.ledger
+    if party.model is not None:
+        states, arrived, ledger = _assemble(party, party.model, plan, states, arrived, strategies, facts)
     changed = bool(states.entries or arrived.states)
     content = ActivationCache()
     content._registry = held.content._registry
-    content._ledger = facts.ledger
+    content._ledger = ledger
     content._num_samples = facts.num_samples
     if not changed:
         content._arena = held.content._arena
@@ -501,8 +516,100 @@ def move(party: Party, plan: MergePlan, offers: Sequence[Offer], records: Sequen
         for notes in (held.content._notes, *(offer.notes for offer in offers)):
             for key, note in notes.items():
                 content._notes.setdefault(key, note)
-    spare = held.content._arena if changed and party.holds_content and cut is None else scratch
+    takes_scratch = changed and party.holds_content and states is scratch
+    spare = held.content._arena if takes_scratch else scratch
     return Merged(content, facts, layout, spare)
+
+
+def _assemble(
+    party: Party,
+    model: Model,
+    plan: MergePlan,
+    states: Arena,
+    arrived: Arrived,
+    strategies: dict[str, Strategy],
+    facts: Facts,
+) -> tuple[Arena, Arrived, Ledger]:
+    """What the ranks that reduce together have made, put together with what others have of the model: (states, what
+    else came, the samples behind reductions). `facts` and `strategies` learn of other ranks' keys.
+    """
+    comm, held, poll = model.comm, party.held, poll_decision(party.whole)
+    has = party.dst is None or party.dst == party.comm.rank
+    kept = tell(plan.schemas, states, arrived) if has else {key: Kept(plan.schemas[key], ()) for key in plan.schemas}
+    ledger = [[sorted(keys), seen] for keys, seen in facts.ledger.to_plain()]
+    blob = codec.encode([facts.num_samples, ledger, [one.plain() for one in kept.values()]])
+    told, samples, ledgers = [], [], []
+    for data in tell_all(comm, blob, poll):
+        num_samples, seen, theirs = codec.decode(data)
+        told.append({one.schema.key: one for one in map(Kept.from_plain, theirs)})
+        samples.append((num_samples, sorted({repr(intervals) for _, intervals in seen})))
+        ledgers.append(seen)
+    ranks = model.mesh.model_ranks
+    for place, theirs in enumerate(samples):
+        if theirs[0] != samples[0][0] or (theirs[1] and samples[0][1] and theirs[1] != samples[0][1]):
+            raise SchemaMismatch(
+                f"{party.whole.name(ranks[0])} and {party.whole.name(ranks[place])} have seen other samples, where "
+                "they should have parts of one model: is an axis of data missing in "
+                f"data_axes={sorted(model.mesh.data_axes)}?"
+            )
+    facts.keys = tuple(
+        dict.fromkeys([*held.facts.all_keys, *sorted({k for one in told for k in one}, key=natural_order)])
+    )
+    if not has:
+        return states, arrived, facts.ledger
+    assembly = plan_assembly(told, model.mesh, ranks)
+    if model.check:
+        _check_replicas(comm, assembly, states, arrived, party, poll)
+
+    def strategy_of(key: str, schema: KeySchema) -> Strategy:
+        if key not in strategies:
+            function = json.loads(schema.strategy)["name"] == "function"
+            strategies[key] = (
+                _own_function(held, key, schema.strategy, party.whole.rank)
+                if function
+                else described(json.loads(schema.strategy))
+            )
+        return strategies[key]
+
+    whole = assemble(comm, assembly, states, arrived, strategy_of, _device, party.bucket_bytes, model.to, poll)
+    if whole is None:
+        return Arena(), Arrived(), facts.ledger
+    joined = held.content._ledger.copy()
+    joined.add_all(facts.ledger)
+    for item in assembly.items:
+        for keys, seen in ledgers[next(iter(item.sources.values()))]:
+            if item.key in keys and item.key not in states:
+                joined.add_all(Ledger.from_plain([[[item.key], seen]]))
+    return whole.states, whole.arrived, joined
+
+
+def _check_replicas(
+    comm: Communicator, assembly: Assembly, states: Arena, arrived: Arrived, party: Party, poll: Poll
+) -> None:
+    """`SchemaMismatch` where what all ranks of a model hold isn't the same on all of them, in a sample of it."""
+    samples: dict[str, Tensor] = {}
+    for key in sorted(assembly.here):
+        if key in states:
+            samples[key] = next(iter(states.state(key).values()))
+        elif key in arrived.pieces:
+            samples[key] = arrived.pieces[key][-1].value_n
+    few = {key: x.flatten()[:: max(1, x.numel() // 16)][:16].double().cpu() for key, x in samples.items()}
+    mine = torch.cat([torch.empty(0, dtype=torch.float64), *few.values()])
+    data = mine.numpy().tobytes()
+    for place, theirs in enumerate(comm.gather_bytes(data, [len(data)] * comm.world_size, poll)):
+        other = torch.frombuffer(bytearray(theirs), dtype=torch.float64) if theirs else torch.empty(0)
+        start = 0
+        for key, x in few.items():
+            y = other[start : start + len(x)]
+            start += len(x)
+            if not torch.allclose(x, y.to(x.dtype), rtol=1e-4, atol=1e-5, equal_nan=True):
+                ranks = [party.model.mesh.model_ranks[p] for p in (comm.rank, place)] if party.model else []
+                raise SchemaMismatch(
+                    f"{key!r} should be the same on ranks {ranks}, which have parts of one model, and isn't: "
+                    f"{x[:4].tolist()} against {y[:4].tolist()}. If it's split over them, say so: "
+                    f"cache.register_sharding({key!r}, dim=-1, axis=…); if they have samples of their own, "
+                    "data_axes=[…]."
+                )
 
 
 def _first_numbers(facts: Facts, records: Sequence[Record]) -> list[int]:
@@ -761,16 +868,7 @@ def _tensor(buffer: Tensor, block: Block) -> Tensor:
     return raw.view(codec.dtype_named(block.dtype)).view(block.shape)
 
 
-@dataclass(slots=True)
-class _Arrived:
-    """What payloads brought, by key, in the order of ranks."""
-
-    pieces: dict[str, list[Piece]] = field(default_factory=dict)
-    lists: dict[str, list[list[Value]]] = field(default_factory=dict)
-    states: dict[str, State] = field(default_factory=dict)
-
-
-def _unpack(plan: MergePlan, buffers: Sequence[Tensor | None], first: Sequence[int]) -> _Arrived:
+def _unpack(plan: MergePlan, buffers: Sequence[Tensor | None], first: Sequence[int]) -> Arrived:
     """`first`: by rank, the number of its first sample without an index."""
     placed = [
         (payload.rank, block, _tensor(buffer, block))
@@ -788,7 +886,7 @@ def _unpack(plan: MergePlan, buffers: Sequence[Tensor | None], first: Sequence[i
         if not indexed and first[rank]:
             known["sample"] = known["sample"] + first[rank]
         columns[rank, n] = Columns(known, indexed)
-    arrived = _Arrived()
+    arrived = Arrived()
     for rank, block, tensor in placed:
         if block.kind == "rows":
             piece = Piece(tensor, columns.get((rank, block.table)))
@@ -817,7 +915,7 @@ class ShardRows(Rows):
         return self
 
 
-def _rows(party: Party, plan: MergePlan, arrived: _Arrived, first: Sequence[int]) -> dict[str, Rows]:
+def _rows(party: Party, plan: MergePlan, arrived: Arrived, first: Sequence[int]) -> dict[str, Rows]:
     """The plan's concatenations: what was there first, then rank 0's rows, then rank 1's; in shards this rank's own."""
     held = party.held
     earlier = held.content._kept()
@@ -853,7 +951,7 @@ def _build(
     scratch: Arena,
     plan: MergePlan,
     strategies: Mapping[str, Strategy],
-    arrived: _Arrived,
+    arrived: Arrived,
     rows: Mapping[str, Rows],
 ) -> None:
     """Fill `content`: what was there first, then rank 0's values, then rank 1's. `old` is only read."""

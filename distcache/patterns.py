@@ -20,6 +20,7 @@ from distcache.attention import (
     pattern_statistics,
     pattern_sum,
     scratch_bytes,
+    shared_copy,
     state_bytes,
     sum_scratch_bytes,
 )
@@ -33,17 +34,25 @@ from distcache.tokens import Batch
 
 
 class Waiting:
-    """Q and K that wait for the end of a pass. Their memory is the next pass's too: on a CPU, to touch fresh pages for
-    them slowed the model down by 2 in 100.
+    """Calls that wait for the end of a pass. The memory of their Q and K is the next pass's too: on a CPU, to touch
+    fresh pages for them slowed the model down by 2 in 100.
     """
 
     def __init__(self) -> None:
         self._room: dict[tuple[int, str], Tensor] = {}
-        self.beside: set[int] = set()  # masks and biases that calls keep alive, by address
+        self._beside: set[int] = set()  # masks and biases that were copied, by id: one copy for all layers
 
     def begin(self) -> None:
         """Nothing waits any more."""
-        self.beside.clear()
+        self._beside.clear()
+
+    def nbytes(self, call: AttentionCall, heads: Sequence[int] | None) -> int:
+        """What this call would take while it waits, beside what waits already."""
+        qk_bytes = call.query_bhqd.nbytes + call.key_bhkd.nbytes
+        if heads is not None and _are_picked(call, heads):
+            of_head = call.query_bhqd.nbytes // call.query_bhqd.shape[1]
+            qk_bytes = len(heads) * (of_head + call.key_bhkd.nbytes // call.key_bhkd.shape[1])
+        return qk_bytes + sum(x.nbytes for x in _beside(call) if id(x) not in self._beside)
 
     def copied(self, target: AttentionTarget, call: AttentionCall) -> tuple[AttentionCall, tuple[int, ...] | None]:
         """A call that holds when the model has gone on, and may have written to what it showed; and which of its heads
@@ -58,7 +67,12 @@ class Waiting:
             heads = None
         else:
             q_bhqd, k_bhkd = self._copy(target, "q", q_bhqd), self._copy(target, "k", k_bhkd)
-        return dataclasses.replace(call, query_bhqd=q_bhqd, key_bhkd=k_bhkd, sinks=sinks), heads
+        mask, bias = (None if x is None else shared_copy(x) for x in (call.mask, call.position_bias))
+        self._beside.update(map(id, _beside(call)))
+        later = dataclasses.replace(
+            call, query_bhqd=q_bhqd, key_bhkd=k_bhkd, mask=mask, position_bias=bias, sinks=sinks
+        )
+        return later, heads
 
     def _copy(self, target: AttentionTarget, name: str, x: Tensor) -> Tensor:
         held = self._room.get((id(target), name))
@@ -100,15 +114,11 @@ def shown_patterns(
 def _averaged(
     target: AttentionTarget, strategy: Fieldwise, call: AttentionCall, batch: Batch, waiting: Waiting
 ) -> Slab:
-    """The state of an average: computed when it's added to what is held, if Q and K take less room until then."""
+    """The state of an average: computed when it's added to what is held, if the call takes less room until then."""
     sums = _Sums.of(target, strategy, call, batch)
     slab = Slab(target.keys, strategy, sums.stand_in(), strategy.result_dtype(call.query_bhqd.dtype), sums.add_to)
-    beside = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _beside(call)}
-    kept_bytes = _kept_bytes(call, target.heads)
-    kept_bytes += sum(nbytes for place, nbytes in beside.items() if place not in waiting.beside)
-    if kept_bytes >= slab.state["total"].numel() * 4:
+    if waiting.nbytes(call, target.heads) >= slab.state["total"].nbytes:
         return slab.computed()
-    waiting.beside.update(beside)
     later, heads = waiting.copied(target, call)
     return dataclasses.replace(slab, adds=dataclasses.replace(sums, call=later, heads=heads).add_to)
 
@@ -151,20 +161,21 @@ class _Sums:
         """Shapes and dtypes of the state, in tensors that take no memory."""
         num_heads = self.call.query_bhqd.shape[1] if self.heads is None else len(self.heads)
         device, found = self.call.query_bhqd.device, {}
+        total = torch.promote_types(self.call.query_bhqd.dtype, torch.float32)
         for name, shape in _shapes(self.strategy, num_heads, self.size, self.whole).items():
-            dtype = torch.float32 if name == "total" else torch.int64
+            dtype = total if name == "total" else torch.int64
             found[name] = torch.zeros((), dtype=dtype, device=device).expand(1 if self.whole else num_heads, *shape)
         return found
 
     def add_to(self, state: State) -> None:
-        """Adds them to a state of at least these extents."""
-        average = self.average
+        """Adds them to a state of at least these extents, wherever it lies."""
+        average, device = self.average, self.call.query_bhqd.device
         for cell, spans in self.spans_of.items():
             mine = state if cell is None else {name: x[:, cell] for name, x in state.items()}
             mine = {name: x[0] if self.whole else x for name, x in mine.items()}
             q, k = (len(positions(which, self.size, average.align)) for which in (average.queries, average.keys))
             total_hqk = mine["total"][:, :q, :k]
-            pattern_sum(
+            found_hqk = pattern_sum(
                 self.call,
                 spans,
                 self.size,
@@ -172,8 +183,10 @@ class _Sums:
                 queries=average.queries,
                 keys=average.keys,
                 align=average.align,
-                into_hqk=total_hqk,
+                into_hqk=total_hqk if total_hqk.device == device else None,
             )
+            if total_hqk.device != device:
+                total_hqk += found_hqk.to(total_hqk.device)
             counts = average.counted([stop - start for start, stop in spans], self.size, total_hqk.device)
             for name, count in counts.items():
                 room = mine[name][:, : count.shape[0], : count.shape[1]]
@@ -208,14 +221,6 @@ def _are_picked(call: AttentionCall, heads: Sequence[int] | None) -> bool:
     return all(x.dim() < 4 or x.shape[1] == 1 for x in _beside(call))
 
 
-def _kept_bytes(call: AttentionCall, heads: Sequence[int] | None) -> int:
-    """What Q and K take while they wait."""
-    q_bytes, k_bytes = call.query_bhqd.nbytes, call.key_bhkd.nbytes
-    if heads is None or not _are_picked(call, heads):
-        return q_bytes + k_bytes
-    return len(heads) * (q_bytes // call.query_bhqd.shape[1] + k_bytes // call.key_bhkd.shape[1])
-
-
 def room_nbytes(target: AttentionTarget, held: Arena, device: torch.device, batch: Batch | None) -> tuple[int, int]:
     """(bytes that a site's accumulators still have to take and what it keeps until a pass returns; bytes that it needs
     while it computes, which sites need one after the other), for a batch, or before any.
@@ -223,31 +228,59 @@ def room_nbytes(target: AttentionTarget, held: Arena, device: torch.device, batc
     `SiteError` for texts beyond the size that was said.
     """
     strategy, num_heads, site = target.strategy, target.num_heads, target.site
-    if not isinstance(strategy, Fieldwise) or (batch is None and (target.stats or not averaging(strategy).groupable)):
+    if not isinstance(strategy, Fieldwise):
         return 0, 0
+    dtype = next((parameter.dtype for parameter in target.module.parameters()), torch.float32)
+    itemsize = 8 if dtype == torch.float64 else 4
+    room, computing = held.entries.get(target.keys[0]) or held.dormant.get(target.keys[0]), 0
     head_dim = int(getattr(target.module, "head_dim", 128))
-    computing = 0
-    if batch is not None:
+    if target.stats:
+        if batch is None:
+            return 0, 0
         rows = len(positions(site.queries, batch.longest, site.align))
-        of_batch = (batch.num_samples, num_heads, batch.longest, head_dim, device)
-        if target.stats:
-            computing = scratch_bytes(target.stats, *of_batch, num_queries=rows)
-            return state_bytes(target.stats, num_heads) * (1 if target.keys[0] in held else 2), computing
-        computing = sum_scratch_bytes(*of_batch, num_queries=rows)
+        computing = scratch_bytes(
+            target.stats,
+            batch.num_samples,
+            num_heads,
+            batch.longest,
+            head_dim,
+            device,
+            num_queries=rows,
+            itemsize=itemsize,
+        )
+        return state_bytes(target.stats, num_heads) * (2 if room is None else 1), computing
     average = averaging(strategy)
+    if batch is None and not average.groupable:
+        return 0, 0
     longest = (average.size or 2**31) if batch is None else batch.longest
     shapes = _shapes(strategy, num_heads, longest, target.whole)
     try:
         rooms = {name: capacity(strategy, name, shape) for name, shape in shapes.items()}
     except SchemaMismatch as error:
         raise SiteError(f"site {target.where}: {error} Cut the texts, or give a larger size.") from error
-    dtype = average.accumulate or torch.float64
-    grown = sum(math.prod(room) * (dtype.itemsize if name == "total" else 8) for name, room in rooms.items())
-    grown *= len(target.keys)
-    if target.keys[0] in held and fits(rooms["total"], held.capacities(target.keys[0])["total"]):
+    accumulator = average.accumulate or torch.float64
+    sizes = {name: math.prod(shape) * (accumulator.itemsize if name == "total" else 8) for name, shape in rooms.items()}
+    grown = len(target.keys) * sum(sizes.values())
+    if room is not None and "total" in room.slots and fits(rooms["total"], room.slots["total"].shape):
         grown = 0
     if batch is None or batch.num_tokens is None:
         return grown, computing
-    # Q and K of all heads, which are kept where that is less.
-    waiting = batch.num_samples * batch.num_tokens * 2 * num_heads * head_dim * 4
-    return grown + min(len(target.keys) * math.prod(shapes["total"]) * 4, waiting), computing
+    computing = sum_scratch_bytes(
+        batch.num_samples,
+        num_heads,
+        batch.longest,
+        head_dim,
+        device,
+        queries=average.queries,
+        keys=average.keys,
+        align=average.align,
+        itemsize=itemsize,
+    )
+    # Q and K of all heads wait where they are less than sums, and where keys lie such that these can be added to them;
+    # with them one mask, of bytes, for all layers.
+    all_heads = target.family_heads or num_heads
+    waiting = batch.num_samples * batch.num_tokens * 2 * all_heads * head_dim * itemsize
+    summed = len(target.keys) * math.prod(shapes["total"]) * itemsize
+    if waiting >= summed or (target.keys[0] in held and not held.is_slab(target.keys)):
+        return grown + summed, computing
+    return grown + waiting, computing + batch.num_samples * batch.num_tokens**2

@@ -20,6 +20,7 @@ from torch import Tensor
 from distcache.codec import dtype_name, dtype_named
 from distcache.errors import SchemaMismatch, TooLarge
 from distcache.memory import available_bytes, human
+from distcache.mesh import Placement
 from distcache.schema import DIGEST_MODULUS, FieldSchema, KeySchema, digest_of, strategy_facts
 from distcache.strategies import Field, Fieldwise, Gathered, Reduction, State
 
@@ -443,11 +444,46 @@ class Arena:
             mine = self.state(key)
             self.entries[key].strategy.fold_(mine, _on({name: tensor[i] for name, tensor in state.items()}, mine))
 
+    def set_placement(self, key: str, placement: str) -> None:
+        """Note how a key lies over a mesh. `SchemaMismatch` where pieces' states aren't pieces of one."""
+        entry = self.entries[key]
+        if entry.schema.placement == placement:
+            return
+        try:
+            for _, dim in Placement.named(placement).dims:
+                for spec in entry.schema.fields:
+                    entry.strategy.split_dim(spec.name, len(spec.shape), dim)
+        except ValueError as error:
+            raise SchemaMismatch(f"{key!r} is {placement}: {error}") from error
+        self._enter(replace(entry, schema=replace(entry.schema, placement=placement)))
+
+    def put(self, schema: KeySchema, strategy: Fieldwise, state: State, device: torch.device) -> None:
+        """Hold a copy of a new key's state, with as much room as it has."""
+        self._place([schema], strategy, {name: tuple(tensor.shape) for name, tensor in state.items()}, device)
+        for name, mine in self.state(schema.key).items():
+            mine.copy_(state[name])
+
+    def take_slab(self, other: Arena, keys: tuple[str, ...]) -> None:
+        """Hold a copy of new keys' states that lie side by side in another arena."""
+        entry = other.entries[keys[0]]
+        theirs = other._views(keys[0], len(keys))
+        schemas = [other.entries[key].schema for key in keys]
+        self._place(schemas, entry.strategy, other.capacities(keys[0]), next(iter(theirs.values())).device)
+        for name, mine in self._views(keys[0], len(keys)).items():
+            mine.copy_(theirs[name])
+
     def add(self, keys: Sequence[str], adds: Callable[[State], None]) -> None:
         """Have a state that isn't computed yet added to a slab that has room for it."""
         together = self.slab(keys)
         assert together is not None
         adds(together)
+
+    def spoil(self, keys: Sequence[str]) -> None:
+        """NaN in sums that something was added to in part, so that they are never taken for whole."""
+        for key in keys:
+            for tensor in self.state(key).values():
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
 
     def check(
         self,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from rayhosts import hosts  # noqa: F401  a fixture
 
 from distcache.testing import RankPool
 

@@ -550,6 +550,30 @@ def test_products_are_whole_whatever_precision_the_model_has():
     assert plain.seen == {"bf16"} and ours.seen == {"ieee"}
 
 
+def test_products_stay_whole_where_blocks_of_several_threads_overlap():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    cpu, matmul, seen = torch.device("cpu"), torch.backends.mkldnn.matmul, []
+    begun, ended = threading.Event(), threading.Event()
+
+    def other():
+        with blockwise._plain_arithmetic(cpu):
+            begun.set()
+            ended.wait(60)
+            seen.append(matmul.fp32_precision)
+
+    thread = threading.Thread(target=other)
+    try:
+        with blockwise._plain_arithmetic(cpu):
+            thread.start()
+            assert begun.wait(60)
+        ended.set()
+        thread.join(60)
+        assert seen == ["ieee"] and matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_sums_made_under_inference_mode_can_be_added_to_outside():
     model, sums = build("llama", "sdpa"), []
     inputs, spans = batch(TEXTS, "left")

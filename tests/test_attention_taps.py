@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distcache as dc
 from distcache.attention import AttentionCall, blockwise, reference, tap_attention, tap_functions
-from distcache.attention.steps import Steps
+from distcache.attention.steps import Steps, shared_copy
 from distcache.errors import SiteError
 
 transformers = pytest.importorskip("transformers")
@@ -628,14 +628,22 @@ def test_layers_that_are_given_one_mask_share_its_copy_unless_it_was_written_to_
     assert torch.equal(first, second) and third.all() and not first.all()
 
 
-def test_a_mask_that_does_not_tell_whether_it_was_written_to_is_copied_for_each_layer():
-    call, before, after = whole_call("bool mask"), Steps(), Steps()
+def test_a_mask_that_does_not_tell_whether_it_was_written_to_is_compared_with_its_copy():
+    call, before, same, after = whole_call("bool mask"), Steps(), Steps(), Steps()
     with torch.inference_mode():
         call = replace(call, mask=call.mask.clone())
         before.add(call)
+        same.add(call)
+        assert same._steps[0].mask is before._steps[0].mask
         call.mask.fill_(True)
         after.add(call)
         assert after.whole().mask.all() and not before.whole().mask.all()
+
+
+def test_padding_of_two_dims_is_copied_whole():
+    mask_bk = torch.ones(1, 5, dtype=torch.bool).expand(3, 5)
+    assert shared_copy(mask_bk).shape == (3, 5) and shared_copy(mask_bk) is shared_copy(mask_bk)
+    assert shared_copy(mask_bk[:, None, None]).shape == (1, 1, 1, 5)
 
 
 # -- what steps cannot say is an error ---------------------------------------------------------------------

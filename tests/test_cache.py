@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from test_segments import Operations
 
 from distcache.cache import ActivationCache
-from distcache.codec import encode
 from distcache.entries import Noted, Shown, Slab
 from distcache.errors import DuplicateSamples, SchemaMismatch
 from distcache.strategies import (
@@ -447,7 +446,7 @@ def fingerprint(cache):
     bare = copy.copy(cache)
     bare._registry = {}
     return (
-        encode(bare._to_plain()),
+        pickle.dumps(bare),
         list(cache._entries),
         {key: type(entry).__name__ for key, entry in cache._entries.items()},
         str(arena),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import distcache as dc
-from distcache import codec, comm, memory
+from distcache import comm, memory
 from distcache import merge as merging
 from distcache.testing import kill_self
 
@@ -59,7 +60,7 @@ def shown(cache) -> dict:
 
 def frozen(cache) -> bytes:
     """All of a rank's delta, to the byte: states, rows, columns, registrations, notes, ledger."""
-    return codec.encode(cache._held.delta._to_plain())
+    return pickle.dumps(cache._held.delta)
 
 
 def attempted(cache, what: Callable[[], None]) -> str:

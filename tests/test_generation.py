@@ -190,6 +190,15 @@ def test_padding_that_is_fed_after_a_text_was_ended_by_other_means_counts_nowher
     torch.testing.assert_close(local["resid_out_1"], rows, rtol=1e-4, atol=1e-4)
 
 
+def test_texts_have_no_end_where_the_call_says_that_there_is_none():
+    model, end = model_that_ends()
+    with dc.record(model, ["resid_out"], index=[0, 1, 2]) as local:
+        finished = generate(model, PROMPTS, eos_token_id=None)
+    assert end in finished[0][len(PROMPTS[0]) :].tolist()
+    rows, _ = expected(model, "model.layers.1", PROMPTS, finished, -1, "all")
+    torch.testing.assert_close(local["resid_out_1"], rows, rtol=1e-4, atol=1e-4)
+
+
 def test_texts_end_as_the_models_own_configuration_says_where_the_given_one_is_silent():
     model, _ = model_that_ends()
     with dc.record(model, ["resid_out"], index=[0, 1, 2]) as local:
@@ -374,6 +383,16 @@ def test_averaged_attention_of_a_generation_is_that_of_the_finished_texts(name, 
         torch.testing.assert_close(local[f"attn_stats_first_{layer}"].double(), first_h, rtol=0, atol=2e-6)
     unended, _ = averages_by_hand(name, model, PROMPTS, finished, end=-1)  # what is fed for a text after its end
     assert unended.shape != expected.shape or (unended - expected).abs().max() > 1e-3
+
+
+def test_a_named_site_and_a_path_that_reach_one_module_keep_their_passes_apart():
+    model, end = model_that_ends()
+    by_path = dc.Site("model.layers.{layer}.self_attn", reduce=dc.AveragePattern(), key="path_{layer}")
+    with dc.record(model, ["avg_attn_pattern", by_path]) as local:
+        finished = generate(model, PROMPTS)
+    expected, _ = averages_by_hand("llama", model, PROMPTS, finished, end)
+    for site in ("avg_attn_pattern", "path"):
+        torch.testing.assert_close(local[site, :].double(), expected, rtol=0, atol=2e-6)
 
 
 def test_patterns_of_generations_that_can_not_be_known_are_refused():

@@ -23,6 +23,7 @@ ONLY_IN = {
     "transformers": {"attention"},
     "triton": {"attention"},
     "matplotlib": {"plot"},
+    "ray": {"pool"},
 }
 NOWHERE = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Names of calls that pickle what they send, or run what they read.
@@ -87,6 +88,7 @@ def test_a_module_imports_from_levels_below_its_own(path):
         ("import torch.distributed as dist", "belongs into"),
         ("from torch import distributed", "belongs into"),
         ("import pickle", "imports pickle"),
+        ("def f():\n    import ray.util", "belongs into"),
     ],
 )
 def test_an_import_the_wrong_way_is_found(source, complaint):

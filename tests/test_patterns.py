@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import signal
+import threading
+
 import pytest
 import torch
+from test_attention_statistics import Peak
 from tiny import build, padded, texts
 from torch import nn
 from torch.nn import functional
 
 import distcache as dc
+from distcache import hooks, patterns, segments
+from distcache.attention import AttentionCall, blockwise, reference, tap_attention
+from distcache.sites import resolve_sites
+from distcache.tokens import Batch
 
 transformers = pytest.importorskip("transformers")
 
@@ -417,6 +427,202 @@ def test_a_pass_that_raised_leaves_no_pattern_behind():
         model(**padded(some[:2]))
         model(**padded(some[2:]))
     torch.testing.assert_close(local["avg_attn_pattern", :].double(), expected, rtol=0, atol=2e-6)
+
+
+class Window(nn.Module):
+    """Attends to so many tokens, by a mask that it writes into a tensor of all layers; notes what it saw."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.qk, self.num_heads, self.size = nn.Linear(16, 32), 4, size
+
+    def forward(self, x_bsd, mask_ss):
+        behind = torch.arange(x_bsd.shape[1])[:, None] - torch.arange(x_bsd.shape[1])
+        mask_ss.copy_((behind >= 0) & (behind < self.size))
+        q, k = (x.unflatten(-1, (4, 4)).transpose(1, 2) for x in self.qk(x_bsd).chunk(2, -1))
+        self.seen = (q.double() @ k.double().mT * 0.5).masked_fill(~mask_ss, -torch.inf).softmax(-1).mean(0)
+        return x_bsd + functional.scaled_dot_product_attention(q, k, k, attn_mask=mask_ss).transpose(1, 2).flatten(2)
+
+
+class Windows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(map(Window, (2, 5, 3)))
+
+    def forward(self, x_bsd):
+        mask_ss = torch.empty(x_bsd.shape[1], x_bsd.shape[1], dtype=torch.bool)
+        for block in self.blocks:
+            x_bsd = block(x_bsd, mask_ss)
+        return x_bsd
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_what_a_model_writes_to_its_masks_later_changes_no_average(mode):
+    model, site = Windows(), dc.Site("blocks.{layer}", reduce=dc.AveragePattern(), key="attn_{layer}")
+    with dc.record(model, [site]) as local, mode():
+        model(torch.randn(2, 60, 16, generator=torch.Generator().manual_seed(2)))
+    for layer, block in enumerate(model.blocks):
+        torch.testing.assert_close(local[f"attn_{layer}"].double(), block.seen.double(), rtol=0, atol=2e-6)
+    assert (model.blocks[0].seen - model.blocks[2].seen).abs().max() > 0.1  # as the last mask would have it
+
+
+@pytest.mark.parametrize("when", LENGTHS)
+def test_averages_of_a_float64_model_have_the_digits_of_float64(when):
+    model, some, calls = build("llama", dtype=torch.float64, max_position_embeddings=64), texts(LENGTHS[when]), []
+    model.set_attn_implementation("sdpa")
+    with tap_attention([layer.self_attn for layer in model.model.layers], calls.append), torch.no_grad():
+        model(**padded(some))
+    size = max(map(len, some))
+    count = torch.tensor([[sum(len(text) > q for text in some)] for q in range(size)])
+    local = batch_recorded(model, some, ["avg_attn_pattern"])
+    for layer, call in enumerate(calls):
+        expected = reference.pattern_sum(call, [(0, len(text)) for text in some], size) / count
+        torch.testing.assert_close(local["avg_attn_pattern", layer], expected, rtol=0, atol=1e-14)
+        assert (expected.float().double() - expected).abs().max() > 1e-9  # as float32 would have it
+
+
+def failing_at(number, monkeypatch):
+    """From now on sums of patterns raise once, at the call of this number."""
+    real, calls = patterns.pattern_sum, []
+
+    def pattern_sum(*args, **given):
+        calls.append(1)
+        if len(calls) == number:
+            given["into_hqk"].add_(1)  # it had begun
+            raise torch.OutOfMemoryError("no memory")
+        return real(*args, **given)
+
+    monkeypatch.setattr(patterns, "pattern_sum", pattern_sum)
+
+
+def test_a_sum_that_fails_in_the_first_pass_leaves_nothing_and_the_pass_may_be_repeated(monkeypatch):
+    model, some = build("llama", max_position_embeddings=64), texts(LENGTHS["when the pass returns"])
+    expected = averaged([eager(model, text) for text in some])
+    model.set_attn_implementation("sdpa")
+    failing_at(2, monkeypatch)
+    cache = dc.ActivationCache()
+    with (
+        dc.record(model, ["avg_attn_pattern", dc.Site("resid_out", reduce="mean")], into=cache) as rec,
+        torch.no_grad(),
+    ):
+        rec.next(index=range(3))
+        with pytest.raises(torch.OutOfMemoryError):
+            model(**padded(some))
+        assert len(cache) == 0
+        for i, text in enumerate(some):
+            rec.next(index=[i])
+            model(**padded([text]))
+    torch.testing.assert_close(cache["avg_attn_pattern", :].double(), expected, rtol=0, atol=2e-6)
+    assert int(cache.count("resid_out_0")) == sum(map(len, some))
+
+
+def test_a_sum_that_fails_later_is_an_error_and_what_was_added_in_part_reads_as_nan(monkeypatch):
+    model, some = build("llama", max_position_embeddings=64), texts(LENGTHS["when the pass returns"])
+    expected = averaged([eager(model, text) for text in some])
+    model.set_attn_implementation("sdpa")
+    failing_at(3, monkeypatch)
+    cache = dc.ActivationCache()
+    sites = ["avg_attn_pattern", dc.Site("resid_out", reduce="mean")]
+    with dc.record(model, sites, into=cache) as rec, torch.no_grad():
+        rec.next(index=[0])
+        model(**padded(some[:1]))
+        for raises in (True, False):
+            rec.next(index=[1, 2])
+            words = r"'avg_attn_pattern_L0H0' was added in part \(OutOfMemoryError: no memory\), .* 4 keys are NaN"
+            with pytest.raises(dc.DistcacheError, match=words) if raises else contextlib.nullcontext():
+                model(**padded(some[1:]))
+    assert cache["avg_attn_pattern", 0].isnan().all(-1).all()
+    torch.testing.assert_close(cache["avg_attn_pattern", 1].double(), expected[1], rtol=0, atol=2e-6)
+    assert int(cache.count("resid_out_0")) == sum(map(len, some))
+
+
+def test_a_pass_that_ctrl_c_comes_amid_the_sums_of_counts_with_its_samples(monkeypatch):
+    model, some = build("llama", max_position_embeddings=64), texts(LENGTHS["when the pass returns"])
+    expected = averaged([eager(model, text) for text in some])
+    model.set_attn_implementation("sdpa")
+    real = patterns.pattern_sum
+    cache = dc.ActivationCache()
+    with dc.record(model, ["avg_attn_pattern"], into=cache) as rec, torch.no_grad():
+        rec.next(index=[0, 1])
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                patterns, "pattern_sum", lambda *a, **b: (signal.raise_signal(signal.SIGINT), real(*a, **b))[1]
+            )
+            with pytest.raises(KeyboardInterrupt):
+                model(**padded(some[:2]))
+        rec.next(index=[0, 1])
+        with pytest.raises(dc.DuplicateSamples):
+            model(**padded(some[:2]))
+        rec.next(index=[2])
+        model(**padded(some[2:]))
+    torch.testing.assert_close(cache["avg_attn_pattern", :].double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("when", LENGTHS)
+def test_sums_go_where_a_cache_lies_whatever_device_the_model_is_on(when):
+    model, some = build("llama", max_position_embeddings=64), texts(LENGTHS[when])
+    cache = batch_recorded(model, some, ["avg_attn_pattern"]).to("meta")  # the only other device that is always there
+    with dc.record(model, ["avg_attn_pattern"], into=cache), torch.no_grad():
+        model(**padded(some))
+    assert cache["avg_attn_pattern_L1H2"].device.type == "meta" and len(cache) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 96, 96).tril().bool()], ids=["causal", "mask"])
+@pytest.mark.parametrize(
+    "site",
+    [
+        dict(),
+        dict(align="end", heads=[2]),
+        dict(align="end", queries=slice(-4, None), heads=[3, 0, 1]),
+        dict(reduce=dc.Grouped(dc.AveragePattern(size=96), 2, by="label")),
+    ],
+    ids=["all", "one head, from the end", "some", "by label"],
+)
+def test_passes_take_no_more_memory_than_is_asked_for_before_them(site, mask, dtype, monkeypatch):
+    monkeypatch.setattr(blockwise, "_room", threading.local())
+    monkeypatch.setattr(segments, "FIRST_CHUNK_BYTES", 0)  # what takes no memory before it's used isn't asked for
+    monkeypatch.setattr(segments, "LARGEST_CHUNK_BYTES", 0)
+    model = build("llama", dtype=dtype)
+    _, targets = resolve_sites(model, [dc.Site("avg_attn_pattern", **site)])
+    batch = Batch(2, 96, None, torch.arange(2), False, dict(label=torch.tensor([1, 0])))
+    shapes = ((2, 4, 96, 8), (2, 2, 96, 8))
+    calls = [
+        AttentionCall(target.module, *(torch.randn(shape, dtype=dtype) for shape in shapes), mask, 1.0, True)
+        for target in targets
+    ]
+    cache, waiting = dc.ActivationCache(), patterns.Waiting()
+    rooms = [patterns.room_nbytes(target, cache._arena, torch.device("cpu"), batch) for target in targets]
+    asked = sum(kept for kept, _ in rooms) + max(computing for _, computing in rooms)
+    with Peak() as peak, torch.no_grad():
+        slabs = [
+            slab
+            for target, call in zip(targets, calls, strict=True)
+            for slab in patterns.shown_patterns(target, call, batch, waiting)
+        ]
+        cache._take_pass(slabs, [], cache, 2, None, raw=True)
+    assert asked / 4 < peak.most <= asked
+
+
+def test_a_second_block_is_not_refused_for_room_that_the_first_has_left(monkeypatch):
+    model, some = build("llama", max_position_embeddings=64), texts(LENGTHS["when the pass returns"])
+    model.set_attn_implementation("sdpa")
+    asked = []
+    with dc.init():
+        cache = dc.DistributedCache()
+        for _ in range(2):
+            with cache.deferred_mode(), dc.record(model, ["avg_attn_pattern"], into=cache) as rec, torch.no_grad():
+                asked.append(0)
+                with monkeypatch.context() as patched:
+                    patched.setattr(hooks, "available_bytes", lambda _: 0)
+                    with pytest.raises(dc.TooLarge) as refused:
+                        model(**padded(some))
+                asked[-1] = refused.value.args[0]
+                rec.next()
+                model(**padded(some))
+    sums = 8 * (128 * 128 * 8 + 128 * 8)  # of two layers and four heads
+    before, after = (float(re.search(r"needs ([\d.]+) MB", said)[1]) for said in asked)
+    assert before - after == pytest.approx(sums / 1e6, abs=0.11)
 
 
 @pytest.mark.parametrize(

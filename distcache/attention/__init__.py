@@ -13,7 +13,7 @@ from distcache.attention.statistics import (
     scratch_bytes,
     state_bytes,
 )
-from distcache.attention.steps import Steps
+from distcache.attention.steps import Steps, shared_copy
 from distcache.attention.taps import AttentionCall, compiled_flex_attention, tap_attention
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "pattern_statistics",
     "pattern_sum",
     "scratch_bytes",
+    "shared_copy",
     "state_bytes",
     "sum_scratch_bytes",
     "tap_attention",

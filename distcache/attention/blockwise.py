@@ -130,18 +130,20 @@ def scratch_bytes(
     block: int | None = None,
     num_queries: int | None = None,
     itemsize: int = 4,
+    summed: bool = False,
 ) -> int:
     """The most that is held beside results while a layer's blocks are made, in bytes, mask and model apart.
 
     `num_tokens`: of the longest sample; `num_queries`: how many of them are asked for, all if None; `itemsize`: 8 for
-    float64 inputs, 4 for all others.
+    float64 inputs, 4 for all others; `summed`: whether blocks are added to sums of float64.
     """
     num_rows = num_tokens if num_queries is None else num_queries
     _, _, rows = _Sizes.of(1, 1, 1, num_rows, num_tokens, device, block)
     scores = min(num_samples * rows * num_heads * num_tokens, max(_limit(device), rows * num_heads * num_tokens))
     together = min(num_samples, max(1, _limit(device) // max(1, rows * num_tokens)))
     # Scores, their probabilities, and what may be made of these; Q of a block and K of texts, converted and picked.
-    return (3 * scores + 2 * together * num_heads * (rows + num_tokens) * head_dim) * itemsize
+    converted = 8 * scores if summed and itemsize < 8 else 0
+    return (3 * scores + 2 * together * num_heads * (rows + num_tokens) * head_dim) * itemsize + converted
 
 
 @functools.lru_cache(maxsize=256)
@@ -170,20 +172,32 @@ def _plain_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
+_whole_lock = threading.Lock()
+_whole_blocks: dict[str, tuple[int, Any]] = {}  # by the device's type: how many are open, what was before the first
+
+
 @contextmanager
 def _whole_products(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32, whatever `torch.set_float32_matmul_precision` says: TF32 errs by 1e-3."""
+    """Products of float32 in float32, whatever `torch.set_float32_matmul_precision` says: TF32 errs by 1e-3.
+
+    That is the whole process's: of blocks that overlap in several threads the last puts back what the first has found.
+    """
     matmul: Any = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
     name, whole = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name, whole)
-    if before == whole:
-        yield
-        return
-    setattr(matmul, name, whole)
+    with _whole_lock:
+        num_open, before = _whole_blocks.get(device.type, (0, getattr(matmul, name, whole)))
+        _whole_blocks[device.type] = (num_open + 1, before)
+        if before != whole:
+            setattr(matmul, name, whole)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        with _whole_lock:
+            num_open, before = _whole_blocks.pop(device.type)
+            if num_open > 1:
+                _whole_blocks[device.type] = (num_open - 1, before)
+            elif before != whole:
+                setattr(matmul, name, before)
 
 
 def check(call: AttentionCall, spans: Sequence[tuple[int, int]], size: int, heads: Sequence[int] | None) -> None:
@@ -293,8 +307,8 @@ class Scratch:
     def _empty(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         numel, held = math.prod(shape), self._room.get((name, dtype))
         if held is None or len(held) < numel:
-            held = None  # before there is more
-            self._room[name, dtype] = held = self._like.new_empty(numel, dtype=dtype)
+            held = self._room[name, dtype] = None  # before there is more
+            held = self._room[name, dtype] = self._like.new_empty(numel, dtype=dtype)
         return held[:numel].view(*shape)
 
 
@@ -354,6 +368,7 @@ def blocks(
         return
     k_bgld, shared = k_bgld.to(scratch.dtype).contiguous(), scratch.shared
     sizes = scratch.sizes(num_samples, len(rows), length)
+    scratch.two(num_samples, sizes.groups * shared, sizes.rows, length)  # for all blocks: causal ones grow
     for i in range(0, len(rows), sizes.rows):
         at = slice(i, min(i + sizes.rows, len(rows)))
         part = rows[at]

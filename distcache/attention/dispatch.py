@@ -30,10 +30,8 @@ def pattern_sum(
     It can't where only some queries or keys are asked for, or they count from texts' ends. The same inputs give the
     same bits. Errors as in `blockwise`. Not a collective.
     """
-    device = call.query_bhqd.device
-    kernels = _kernels() if device.type == "cuda" else None
-    every = positions(queries, size, align) == positions(keys, size, align, "keys") == range(size)
-    if kernels is not None and every and kernels.usable(device) and kernels.can_serve(call):
+    kernels = _usable(call.query_bhqd.device)
+    if kernels is not None and _every(queries, keys, size, align) and kernels.can_serve(call):
         total_hss: Tensor = kernels.pattern_sum(call, spans, size, heads=heads, into_hss=into_hqk)
         return total_hss
     return blockwise.pattern_sum(
@@ -48,13 +46,28 @@ def sum_scratch_bytes(
     head_dim: int,
     device: torch.device,
     *,
-    num_queries: int | None = None,
+    queries: Positions = None,
+    keys: Positions = None,
+    align: Align = "start",
+    itemsize: int = 4,
 ) -> int:
     """The most that `pattern_sum` holds beside its result, in bytes: as `blockwise.scratch_bytes`, of kernels less."""
-    kernels = _kernels() if device.type == "cuda" else None
-    if kernels is not None and num_queries in (None, num_tokens) and kernels.usable(device):
+    if itemsize == 4 and _every(queries, keys, num_tokens, align) and _usable(device) is not None:
         return num_samples * num_heads * num_tokens * 4  # a float a row
-    return blockwise.scratch_bytes(num_samples, num_heads, num_tokens, head_dim, device, num_queries=num_queries)
+    num_queries = len(positions(queries, num_tokens, align))
+    of_batch = (num_samples, num_heads, num_tokens, head_dim, device)
+    return blockwise.scratch_bytes(*of_batch, num_queries=num_queries, itemsize=itemsize, summed=True)
+
+
+def _every(queries: Positions, keys: Positions, size: int, align: Align) -> bool:
+    """Whether all positions are asked for, counted from texts' first tokens."""
+    return positions(queries, size, align) == positions(keys, size, align, "keys") == range(size)
+
+
+def _usable(device: torch.device) -> ModuleType | None:
+    """The module of kernels where they should run, else None."""
+    kernels = _kernels() if device.type == "cuda" else None
+    return kernels if kernels is not None and kernels.usable(device) else None
 
 
 @functools.cache

@@ -118,8 +118,8 @@ class Steps:
                 first=first,
                 query_bhqd=_copy(call.query_bhqd),
                 key_bgqd=_copy(call.key_bhkd[:, :, end - num_new : end]),
-                mask=None if mask is None else _shared_copy(mask, end),
-                bias=None if call.position_bias is None else _shared_copy(call.position_bias, end),
+                mask=None if mask is None else shared_copy(mask, end),
+                bias=None if call.position_bias is None else shared_copy(call.position_bias, end),
                 padding=None if two_dims is None else _new_columns(two_dims, start, num_new),
             )
         )
@@ -224,18 +224,20 @@ def _copy(x: Tensor) -> Tensor:
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
-# By the tensor that a model has made for a pass, for as long as it lives: (which state of it, its copy).
+# By the tensor that a model has made for a pass, for as long as it lives: (which version of it, its copy).
 _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _shared_copy(x: Tensor, num_keys: int) -> Tensor:
-    """The first keys' columns of something that broadcasts to [B, H, q, k]; of one tensor, unchanged, one copy."""
-    state = None if x.is_inference() else (x._version, num_keys)  # inference tensors don't tell whether they changed
-    found: tuple[tuple[int, int], Tensor] | None = _copies.get(x)
-    if found is not None and found[0] == state:
-        return found[1]
-    # What is expanded over samples is one and the same for all of them.
-    copy = _copy(x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())][..., :num_keys])
-    if state is not None:
-        _copies[x] = (state, copy)
+def shared_copy(x: Tensor, num_keys: int | None = None) -> Tensor:
+    """The first keys' columns, or all, of a mask or a bias: of one tensor, unchanged, one copy, to be read only."""
+    part = x[..., :num_keys]
+    if x.dim() == 4:  # what is expanded over samples is one and the same for all of them
+        part = part[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in part.stride())]
+    version = None if x.is_inference() else x._version
+    found: tuple[int | None, Tensor] | None = _copies.get(x)
+    is_same = found is not None and found[0] == version and found[1].shape == part.shape
+    if found is not None and is_same and (version is not None or torch.equal(found[1], part)):
+        return found[1]  # inference tensors have no version: they don't tell whether they were written to
+    copy = _copy(part)
+    _copies[x] = (version, copy)
     return copy

@@ -356,6 +356,12 @@ class Fieldwise(Strategy):
         """Of a field's dims that may grow, how far they may; None for no limit."""
         return self.size if isinstance(self.size, tuple) else (self.size,) * ndim
 
+    def split_dim(self, field: str, ndim: int, dim: int) -> int | None:
+        """Which dim of a field, from its end, lies along a dim of the values, where these are split over ranks; None:
+        none does, and the field is the same on all of them. ValueError where the pieces' states aren't pieces of one.
+        """
+        return dim if ndim >= -dim else None
+
     def counts(self, state: State) -> Tensor:
         """How many samples stand behind the value of a state that has a `count`, where the value has its cells."""
         return state["count"]

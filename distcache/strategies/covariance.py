@@ -54,6 +54,12 @@ class Covariance(Fieldwise):
     ragged = False
     size = None
 
+    def split_dim(self, field: str, ndim: int, dim: int) -> int | None:
+        raise ValueError(
+            "covariances between dims on different ranks can't be known from each rank's own: record where the value "
+            "is whole, or leave the pieces' own covariances apart, a key for each rank."
+        )
+
     def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
         """value_n [n, D]."""
         if value_n.dim() != 2:

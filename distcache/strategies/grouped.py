@@ -182,6 +182,9 @@ class Grouped(Fieldwise):
     def limits(self, field: str, ndim: int) -> tuple[int | None, ...]:
         return (None, *self.strategy.limits(field, ndim - 1))
 
+    def split_dim(self, field: str, ndim: int, dim: int) -> int | None:
+        return self.strategy.split_dim(field, ndim - 1, dim)
+
     def counts(self, state: State) -> Tensor:
         return self.strategy.counts(state)
 

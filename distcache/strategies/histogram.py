@@ -63,6 +63,13 @@ class Histogram(Fieldwise):
                 f"{dtype}: take fewer, or a range nearer to 0."
             )
 
+    def split_dim(self, field: str, ndim: int, dim: int) -> int | None:
+        if not self.per_element:
+            raise ValueError(
+                "a histogram of all elements in one isn't made of pieces that lie side by side: per_element=True."
+            )
+        return dim - 1 if field == "binned" else None
+
     def lift(self, value_n: Tensor, weight_n: Tensor | None = None) -> State:
         x_nm = self._flat(value_n, weight_n)
         count = torch.tensor(len(x_nm), device=x_nm.device)
