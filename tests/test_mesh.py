@@ -10,10 +10,12 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import distcache as dc
+from distcache import merge as merging
 from distcache import mesh as meshes
 from distcache import pieces
 from distcache.comm import TorchComm
 from distcache.schema import KeySchema, strategy_facts
+from distcache.testing import kill_self
 
 N, D = 12, 8
 X = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
@@ -382,3 +384,37 @@ def test_lists_are_never_split():
     told, mesh = [{"words": pieces.Kept(schema, ())}] * 2, meshes.Mesh(("tp",), (2,), (0, 1), frozenset(), 0)
     with pytest.raises(dc.SchemaMismatch, match="no tensors that could be put together"):
         pieces.plan_assembly(told, mesh, (0, 1))
+
+
+# -- faults ----------------------------------------------------------------------------------------------------
+
+
+def lose_a_rank(rank, world_size, bad, where):
+    """Three of four ranks go on after one is killed: as it arrives, or while pieces are put together."""
+    device_mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    cache = dc.DistributedCache(mesh=device_mesh, timeout_s=5)
+    cache.register_sharding("q", dim=-1, axis="tp")
+    cache.register_aggregation("q", dc.Mean())
+    if rank == bad:
+        replaced = {"arrive": "arrive", "assemble": "assemble"}[where]
+        setattr(merging, replaced, lambda *args: kill_self())
+    try:
+        with cache.deferred_mode():
+            cache.add("q", X[rank].tensor_split(2)[rank % 2])
+    except dc.PeerFailed as error:
+        state = cache.delta._cache._arena.state("q")
+        return str(error), state["total"].tolist(), list(cache)
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("where", ["arrive", "assemble"])
+@pytest.mark.parametrize("bad", [0, 3])
+def test_when_a_rank_of_a_mesh_is_killed_the_others_raise_and_keep_their_deltas(ranks, bad, where):
+    outcomes = ranks.outcomes(4, lose_a_rank, bad, where)
+    for rank, outcome in enumerate(outcomes):
+        if rank != bad:
+            message, total, keys = outcome.value
+            assert f"rank {bad}" in message and keys == []
+            torch.testing.assert_close(
+                torch.tensor(total, dtype=torch.float64), X[rank].tensor_split(2)[rank % 2].double()
+            )
