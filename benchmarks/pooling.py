@@ -1,9 +1,9 @@
 """What pooling costs: caches that arrive packed folded into one, and the bare numpy fold of as many bytes.
 
-All in one process, in which buffers are handed over as they are: what Ray does beside that is Ray's. A receiver that has
-states already, as every one has after its first cache, takes in four more. Accumulators are float64, and so are the flat
-arrays of the limit, which have as many bytes. What a fold into fresh memory takes stands beside it: most of that are the
-pages' first touches, on either side.
+All in one process, in which buffers are handed over as they are: what Ray does beside that is Ray's. A receiver that
+has states already, as every one has after its first cache, takes in four more. Accumulators are float64, and so are the
+flat arrays of the limit, which have as many bytes. What a fold into fresh memory takes stands beside it: most of that
+are the pages' first touches, on either side.
 """
 
 from __future__ import annotations
@@ -112,17 +112,19 @@ def candidates_of(num_keys: int, numel: int) -> Iterator[Candidate]:
 
         return check
 
-    def ours(name: str, through: Callable[[dc.ActivationCache], dc.ActivationCache]) -> Candidate:
-        return Candidate(name, lambda: fold(through), with_states, checked(2), repeats=repeats)
+    def ours(
+        name: str, through: Callable[[dc.ActivationCache], dc.ActivationCache], rounds: int | None = None
+    ) -> Candidate:
+        return Candidate(name, lambda: fold(through), with_states, checked(2), rounds, repeats)
 
     yield Candidate("limit: numpy a += b", numpy_fold, check=check_numpy, repeats=repeats)
     yield ours("distcache", lambda cache: packed(cache, own=False))
     yield ours("distcache, in memory of its own first", lambda cache: packed(cache, own=True))
     yield ours("distcache, pickled out of band", lambda cache: pickled(cache, True))
-    yield ours("distcache, pickled in band", lambda cache: pickled(cache, False))
+    yield ours("distcache, pickled in band", lambda cache: pickled(cache, False), 2)
     yield Candidate("limit: numpy, fresh memory", numpy_fold_fresh, check=check_numpy, repeats=repeats)
     yield Candidate("distcache, fresh memory", fold_fresh, check=checked(1), repeats=repeats)
-    yield Candidate("tensors pickled, key by key", tensor_by_tensor, with_tensors, checked(2), rounds=2)
+    yield Candidate("tensors pickled, key by key", tensor_by_tensor, with_tensors, checked(2), rounds=1)
 
 
 def on_rank(

@@ -44,7 +44,7 @@ from distcache.strategies import (
 from distcache.unembed import unembed
 
 if TYPE_CHECKING:
-    from distcache.pool import CachePool, pool_caches
+    from distcache.pool import CachePool, collect_batches, fold, pool_caches
 
 __all__ = [
     "ActivationCache",
@@ -80,6 +80,8 @@ __all__ = [
     "TopK",
     "Weighted",
     "collect",
+    "collect_batches",
+    "fold",
     "init",
     "load",
     "plot",
@@ -92,7 +94,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What needs Ray, when it's asked for."""
-    if name in ("CachePool", "pool_caches"):
+    if name in ("CachePool", "collect_batches", "fold", "pool_caches"):
         from distcache import pool
 
         return getattr(pool, name)

@@ -590,7 +590,7 @@ class ActivationCache:
                 self._num_samples += other._num_samples
 
     def _apply(self, join: Join, order: Iterable[str]) -> None:
-        """Do what was planned, without Ctrl-C amid it; new keys come in the given order."""
+        """Do what was planned, while callers hold Ctrl-C; new keys come in the given order."""
         made: list[str] = []
         begun: list[str] = []  # that are held, and that something is being added to
         try:  # what may fail for want of memory comes before the first change

@@ -109,7 +109,7 @@ def run_samples(
     rec: Recording,
     model: nn.Module,
     data: Samples,
-    index: range,
+    index: Sequence[int],
     collate: Callable[[list[Any]], Any],
     forward: Callable[[nn.Module, Any], Any],
     columns: Sequence[str],

@@ -54,4 +54,4 @@ class TooLarge(DistcacheError, MemoryError):
 
 
 class BadCache(DistcacheError, ValueError):
-    """A saved cache is incomplete, cut short, forged, or of a format this version cannot read."""
+    """A saved or packed cache is incomplete, cut short, forged, or of a format this version cannot read."""

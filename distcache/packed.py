@@ -56,6 +56,8 @@ from distcache.strategies import (
 VERSION = 1  # of the header; raised when an older distcache could misread one
 OWN_BUFFER_BYTES = 2**20  # rows and values of less share buffers, so that thousands of keys don't make thousands
 
+FEW = 4  # layouts that are remembered: caches to be folded lie alike as a rule, and thousands of keys take a while
+
 _CPU = torch.device("cpu")
 _NATIVE = {name for name in codec.DTYPES if name not in ("bool", "uint16", "uint32", "uint64") and hasattr(np, name)}
 _INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
@@ -177,6 +179,19 @@ class _Header(_Part, frozen=True):
 _T = TypeVar("_T")
 
 
+def _named(text: StrategyText, whose: str) -> Strategy:
+    """The strategy of a description; `BadCache`."""
+    try:
+        return _strategy_of(msgspec.msgpack.encode(text))
+    except BadCache as error:
+        raise BadCache(f"{whose}: {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _strategy_of(text: bytes) -> Strategy:
+    return _strategy(msgspec.msgpack.decode(text, type=StrategyText), "a packed cache")
+
+
 def _decoded(data: bytes, kind: type[_T], what: str) -> _T:
     try:
         return msgspec.msgpack.decode(data, type=kind)
@@ -209,7 +224,9 @@ def pack(cache: ActivationCache) -> Packed:
     for key, entry in cache._entries.items():
         if entry is not REDUCED:
             writer.entry(key, entry)
-    registry = [(pattern, writer.strategy(strategy)) for pattern, strategy in cache._registry.items()]
+    registry = [
+        (pattern, writer.strategy(strategy, strategy_facts(strategy))) for pattern, strategy in cache._registry.items()
+    ]
     try:
         header = msgspec.msgpack.encode(
             _Header(
@@ -224,19 +241,31 @@ def pack(cache: ActivationCache) -> Packed:
     return Packed(header, [*chunks, *writer.joined()])
 
 
+_layouts: dict[tuple[int, int], tuple[list[str], bytes]] = {}  # the last few; replaced, for threads that read it
+
+
 def _layout_of(arena: Arena) -> bytes:
+    global _layouts
+    alike, keys = (arena.content_digest, arena.layout_digest), list(arena.entries)
+    known, layout = _layouts.get(alike, (None, b""))
+    if known != keys:
+        layout = _described(arena)
+        _layouts = dict([*_layouts.items(), (alike, (keys, layout))][-FEW:])
+    return layout
+
+
+def _described(arena: Arena) -> bytes:
     kinds: dict[Any, int] = {}
-    strategies: dict[Strategy, int] = {}
+    strategies: dict[str, tuple[int, Strategy]] = {}
     numbers = {key: number for number, key in enumerate(arena.entries)}
     kind_of: list[int] = []
     places: list[int] = []
     slabs: list[list[int]] = []
     seen: set[str] = set()
     for key, entry in arena.entries.items():
-        slots = entry.slots
+        slots, schema = entry.slots, entry.schema
         fields = tuple([(name, slot.segment.dtype, slot.shape) for name, slot in slots.items()])
-        strategy = strategies.setdefault(entry.strategy, len(strategies))
-        schema = entry.schema
+        strategy, _ = strategies.setdefault(schema.strategy, (len(strategies), entry.strategy))
         kind = (strategy, schema.result, schema.device, schema.placement, fields)
         kind_of.append(kinds.setdefault(kind, len(kinds)))
         for slot in slots.values():
@@ -246,7 +275,7 @@ def _layout_of(arena: Arena) -> bytes:
             slabs.append([numbers[other] for other in entry.slab])
     return msgspec.msgpack.encode(
         _Layout(
-            [_text(strategy) for strategy in strategies],
+            [_text(strategy) for _, strategy in strategies.values()],
             [
                 _Kind(strategy, result, device, placement, {name: (dtype, shape) for name, dtype, shape in fields})
                 for strategy, result, device, placement, fields in kinds
@@ -260,7 +289,7 @@ def _layout_of(arena: Arena) -> bytes:
 def _text(strategy: Strategy) -> StrategyText:
     """A strategy's description, if it gives the strategy again; ValueError if it doesn't."""
     text = StrategyText(**describe(strategy))
-    again = _strategy(msgspec.msgpack.decode(msgspec.msgpack.encode(text), type=StrategyText), "the cache to pack")
+    again = _named(text, "the cache to pack")
     if again != strategy:
         raise ValueError(f"cannot pack {strategy}: from its description it would come back as {again}.")
     return text
@@ -276,7 +305,7 @@ class _Writer:
         self.entries: list[_PackedRows | _PackedValues] = []
         self.strategies: list[StrategyText | str] = []
         self._shared: dict[torch.dtype, int] = {}
-        self._strategies: dict[Strategy | str, int] = {}
+        self._strategies: dict[str, int] = {}
         self._tables: dict[int, tuple[int, Columns]] = {}  # columns are kept, so that ids stay theirs
 
     def tensor(self, parts: Sequence[Tensor], shape: Sequence[int]) -> int:
@@ -303,14 +332,13 @@ class _Writer:
         _check_room(copied, "to join the rows and values of a cache that is packed")
         return [_flat(parts, dtype) for dtype, parts in self.buffers]
 
-    def strategy(self, strategy: Strategy) -> int:
+    def strategy(self, strategy: Strategy, facts: str) -> int:
         if isinstance(strategy, Function):
             strategy.check_importable()
-        name = strategy.path if isinstance(strategy, Function) else strategy
-        if name not in self._strategies:
-            self._strategies[name] = len(self.strategies)
-            self.strategies.append(name if isinstance(name, str) else _text(name))
-        return self._strategies[name]
+        if facts not in self._strategies:
+            self._strategies[facts] = len(self.strategies)
+            self.strategies.append(strategy.path if isinstance(strategy, Function) else _text(strategy))
+        return self._strategies[facts]
 
     def table(self, columns: Columns | None) -> int | None:
         if columns is None:
@@ -323,7 +351,7 @@ class _Writer:
 
     def entry(self, key: str, entry: Any) -> None:
         state = entry.state if isinstance(entry, KeptEntry) else _as_rows(entry.values) or entry.values
-        strategy = self.strategy(entry.strategy) if isinstance(entry, KeptEntry) else None
+        strategy = self.strategy(entry.strategy, entry.schema.strategy) if isinstance(entry, KeptEntry) else None
         if not isinstance(state, Rows):
             self.entries.append(_PackedValues(key, strategy, [self.value(key, value) for value in state]))
             return
@@ -587,11 +615,11 @@ def _check_together(strategy: Fieldwise, shapes: Sequence[tuple[int, ...]]) -> N
         raise BadCache(f"states of {strategy} with fields {list(shapes)} would take {together} elements to read.")
 
 
-@functools.lru_cache(maxsize=4)  # caches to be folded lie alike as a rule, and hashing thousands of keys takes a while
+@functools.lru_cache(maxsize=FEW)
 def _laid_out(layout: bytes) -> tuple[Arena, tuple[tuple[SegmentId, int], ...], tuple[_Alike, ...]]:
     """An arena without memory, which nobody changes; segment and size of every chunk, in their order; its kinds."""
     plan = _decoded(layout, _Layout, "the layout")
-    strategies = [_strategy(text, "states of a packed cache") for text in plan.strategies]
+    strategies = [_named(text, "states of a packed cache") for text in plan.strategies]
     kinds = [_Alike.of(kind, strategies) for kind in plan.kinds]
     chunks: list[tuple[SegmentId, int]] = []
     sizes: dict[SegmentId, list[int]] = {}
@@ -639,7 +667,7 @@ def _laid_out(layout: bytes) -> tuple[Arena, tuple[tuple[SegmentId, int], ...], 
     return arena, tuple(chunks), tuple(kinds)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=FEW)
 def _check_reads(layout: bytes) -> None:
     """`BadCache` where states of a layout can't be read: one of each kind is. Not on torch's meta device, whose first
     operation took 0.9 s.
@@ -746,7 +774,7 @@ class _Reader:
             if number >= len(self._head.strategies):
                 raise BadCache(f"the strategy of {whose} is missing: there is no strategy {number}.")
             text = self._head.strategies[number]
-            self._strategies[number] = _function(text) if isinstance(text, str) else _strategy(text, whose)
+            self._strategies[number] = _function(text) if isinstance(text, str) else _named(text, whose)
         return self._strategies[number]
 
     def tensor(self, number: int) -> Tensor:

@@ -52,7 +52,8 @@ class Waiting:
         if heads is not None and _are_picked(call, heads):
             of_head = call.query_bhqd.nbytes // call.query_bhqd.shape[1]
             qk_bytes = len(heads) * (of_head + call.key_bhkd.nbytes // call.key_bhkd.shape[1])
-        return qk_bytes + sum(x.nbytes for x in _beside(call) if id(x) not in self._beside)
+        beside = [x for x in _beside(call) if id(x) not in self._beside]
+        return qk_bytes + sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in beside)  # some are expanded
 
     def copied(self, target: AttentionTarget, call: AttentionCall) -> tuple[AttentionCall, tuple[int, ...] | None]:
         """A call that holds when the model has gone on, and may have written to what it showed; and which of its heads
@@ -232,7 +233,7 @@ def room_nbytes(target: AttentionTarget, held: Arena, device: torch.device, batc
         return 0, 0
     dtype = next((parameter.dtype for parameter in target.module.parameters()), torch.float32)
     itemsize = 8 if dtype == torch.float64 else 4
-    room, computing = held.entries.get(target.keys[0]) or held.dormant.get(target.keys[0]), 0
+    room = held.entries.get(target.keys[0]) or held.dormant.get(target.keys[0])
     head_dim = int(getattr(target.module, "head_dim", 128))
     if target.stats:
         if batch is None:
@@ -264,7 +265,7 @@ def room_nbytes(target: AttentionTarget, held: Arena, device: torch.device, batc
     if room is not None and "total" in room.slots and fits(rooms["total"], room.slots["total"].shape):
         grown = 0
     if batch is None or batch.num_tokens is None:
-        return grown, computing
+        return grown, 0
     computing = sum_scratch_bytes(
         batch.num_samples,
         num_heads,

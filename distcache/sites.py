@@ -166,9 +166,8 @@ class Target:
 class AttentionTarget:
     """An attention site at one module: averages of patterns, statistics of them, or without a strategy each sample's.
 
-    `keys`: of each head; or `whole`, one for all heads; or of each of `stats`. `heads`: None for all,
-    `family_heads` in number. `by_function`:
-    reached where it calls torch's own function, not through transformers.
+    `keys`: of each head; or `whole`, one for all heads; or of each of `stats`. `heads`: None for all, `family_heads` in
+    number. `by_function`: reached where it calls torch's own function, not through transformers.
     """
 
     site: Site

@@ -386,11 +386,11 @@ def test_averaged_attention_of_a_generation_is_that_of_the_finished_texts(name, 
 
 
 def test_a_named_site_and_a_path_that_reach_one_module_keep_their_passes_apart():
-    model, end = model_that_ends()
-    by_path = dc.Site("model.layers.{layer}.self_attn", reduce=dc.AveragePattern(), key="path_{layer}")
+    model, end = model_that_ends("gpt_neox")
+    by_path = dc.Site("gpt_neox.layers.{layer}.attention", reduce=dc.AveragePattern(), key="path_{layer}")
     with dc.record(model, ["avg_attn_pattern", by_path]) as local:
         finished = generate(model, PROMPTS)
-    expected, _ = averages_by_hand("llama", model, PROMPTS, finished, end)
+    expected, _ = averages_by_hand("gpt_neox", model, PROMPTS, finished, end)
     for site in ("avg_attn_pattern", "path"):
         torch.testing.assert_close(local[site, :].double(), expected, rtol=0, atol=2e-6)
 

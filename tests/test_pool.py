@@ -19,7 +19,7 @@ from tiny import build, padded, texts
 import distcache as dc
 from distcache.collect import run_batch
 from distcache.packed import pack
-from distcache.pool import actors, driver
+from distcache.pool import actors, caches, driver
 from distcache.pool.crew import Crew
 from distcache.pool.work import Job, Work
 
@@ -163,9 +163,11 @@ def test_a_state_is_taken_whole_and_the_next_one_is_empty(one):
 # -- the pool --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("folded_here", [4, 1], ids=["folded here", "folded in a tree"])
 @pytest.mark.parametrize("hand_over_s", [300.0, 0.0], ids=["at the end", "behind each item"])
-def test_three_actors_collect_what_one_process_collects(one, pool, monkeypatch, hand_over_s):
+def test_three_actors_collect_what_one_process_collects(one, pool, monkeypatch, hand_over_s, folded_here):
     monkeypatch.setattr(pool, "_hand_over_s", hand_over_s)
+    monkeypatch.setattr(driver, "FOLDED_HERE", folded_here)
     assert differences(one, collect(pool)) == []
 
 
@@ -276,8 +278,7 @@ def test_whoever_fails_once_each_sample_counts_once(one, pool, tmp_path, caplog,
         found = collect(pool, partial(failing, fault=fault, after=after, folder=tmp_path))
     assert differences(one, found) == []
     assert (tmp_path / "strike 0").exists()
-    words = "item 3 (samples 6..7) " + ("raised in" if fault is on_fire else "was what") + " actor"
-    assert words in caplog.text
+    assert ("item 3 (samples 6..7) raised in actor" if fault is on_fire else "is gone") in caplog.text
 
 
 def test_an_actor_that_dies_has_handed_over_what_it_had(pool, tmp_path, caplog, monkeypatch):
@@ -322,10 +323,20 @@ def test_an_item_that_always_kills_ends_the_collection(one, pool, tmp_path, monk
 class Doomed:
     """Two more hosts, a pool with an actor on each, and a thread that kills a host when a file says which."""
 
-    def __init__(self, hosts, folder):
-        self.hosts, self.folder = hosts, folder
-        self.nodes = {node.node_id: node for node in (hosts.add(pair=1), hosts.add(pair=1))}
-        self.ready = lambda: True
+    def __init__(self, hosts):
+        self.hosts, self.nodes = hosts, {}
+        self.refill()
+        self.pool = dc.CachePool(factory, SITES, num_actors=2, resources={"pair": 1}, timeout_s=60)
+
+    def refill(self):
+        while len(self.nodes) < 2:
+            node = self.hosts.add(pair=1)
+            self.nodes[node.node_id] = node
+
+    def close(self):
+        self.pool.close()
+        for node in self.nodes.values():
+            self.hosts.remove(node)
 
     def kill(self):
         order = self.folder / "order"
@@ -342,16 +353,23 @@ def have_host_killed(which, folder):
 
     (folder / "order.new").write_text(f"{ray.get_runtime_context().get_node_id()} {which}")
     (folder / "order.new").rename(folder / "order")
-    while not (folder / "killed").exists():
+    while not (folder / "noticed").exists():
         time.sleep(0.02)
 
 
-@pytest.fixture
-def doomed(hosts, tmp_path):
-    found = Doomed(hosts, tmp_path)
+@pytest.fixture(scope="module")
+def shared_doomed(hosts):
+    found = Doomed(hosts)
     yield found
-    for node in found.nodes.values():
-        hosts.remove(node)
+    found.close()
+
+
+@pytest.fixture
+def doomed(shared_doomed, tmp_path):
+    shared_doomed.refill()
+    shared_doomed.pool._crew.assemble()
+    shared_doomed.folder, shared_doomed.ready = tmp_path, lambda: True
+    return shared_doomed
 
 
 @pytest.mark.parametrize("found_by", ["the actor", "the holder", "the fold"])
@@ -366,8 +384,10 @@ def test_a_host_that_dies_takes_what_was_on_it_and_that_is_done_again(
             parts[:] = collection._parts
             if found_by == "the holder" and (tmp_path / "killed").exists():
                 hold(collection)
+                (tmp_path / "noticed").touch()
 
         monkeypatch.setattr(driver._Collection, "_hold", look)
+        monkeypatch.setattr(driver, "FOLDED_HERE", 1)
         doomed.ready = lambda: sum(len(part.items) for part in parts) == 5
     fault = partial(have_host_killed, which, tmp_path)
     forward = partial(failing, fault=fault, after=True, folder=tmp_path, sample=10)
@@ -376,6 +396,8 @@ def test_a_host_that_dies_takes_what_was_on_it_and_that_is_done_again(
     ) as pool:
         killer = threading.Thread(target=doomed.kill, daemon=True)
         killer.start()
+        if found_by != "the holder":
+            (tmp_path / "noticed").symlink_to("killed")
         found = collect(pool, forward)
         killer.join(10)
     assert differences(one, found) == []
@@ -560,9 +582,11 @@ def have(collectors, *caches):
     ray.get([actor.set.remote(cache) for actor, cache in zip(collectors, caches, strict=True)], timeout=60)
 
 
-def test_caches_of_anybodys_actors_are_pooled_and_stay_as_they_are(collectors):
+@pytest.mark.parametrize("folded_here", [4, 1], ids=["folded here", "folded in a tree"])
+def test_caches_of_anybodys_actors_are_pooled_and_stay_as_they_are(collectors, monkeypatch, folded_here):
     import ray
 
+    monkeypatch.setattr(caches, "FOLDED_HERE", folded_here)
     parts = [recorded(numbers) for numbers in ([8, 0, 3], [1, 2, 10, 9, 7], [6, 5, 4])]
     have(collectors, *parts)
     assert differences(collect_here(1), dc.pool_caches(collectors, timeout_s=60)) == []
@@ -570,7 +594,9 @@ def test_caches_of_anybodys_actors_are_pooled_and_stay_as_they_are(collectors):
         assert differences(part, ray.get(actor.cache.remote(), timeout=60)) == []
 
 
-def test_values_without_index_come_in_the_actors_order_and_keys_are_a_union(collectors):
+@pytest.mark.parametrize("folded_here", [4, 1], ids=["folded here", "folded in a tree"])
+def test_values_without_index_come_in_the_actors_order_and_keys_are_a_union(collectors, monkeypatch, folded_here):
+    monkeypatch.setattr(caches, "FOLDED_HERE", folded_here)
     x = torch.arange(6.0).view(6, 1)
     have(collectors, holding(x=x[:1], noted="a"), holding(x=x[1:3], noted="b", only=x), holding(x=x[3:], noted="c"))
     found = dc.pool_caches(collectors, timeout_s=60)
@@ -588,7 +614,8 @@ def test_actors_that_saw_one_sample_are_named(collectors):
         dc.pool_caches(collectors, timeout_s=60)
 
 
-def test_actors_whose_states_do_not_fit_are_named(collectors):
+def test_actors_whose_states_do_not_fit_are_named(collectors, monkeypatch):
+    monkeypatch.setattr(caches, "FOLDED_HERE", 1)
     have(collectors, recorded([0]), recorded([1], index=False), recorded([2]))
     with pytest.raises(dc.SchemaMismatch, match=r"actor 0 of 3 \[.*\] failed to take in the cache of actor 1 of 3"):
         dc.pool_caches(collectors, timeout_s=60)
@@ -686,6 +713,6 @@ def real():
     finally:
         sys.path.pop(0)
     _, model, tokenizer = launcher.load_model(None, torch.device("cpu"))
-    texts = launcher.load_texts(None)[:10]
-    data = [tokenizer(text, truncation=True, max_length=200)["input_ids"] for text in texts]
+    texts = launcher.load_texts(None)[:8]
+    data = [tokenizer(text, truncation=True, max_length=120)["input_ids"] for text in texts]
     return data, dc.collect(model, data, REAL_SITES, batch_size=3, progress=False)

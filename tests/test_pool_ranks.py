@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -133,6 +134,14 @@ def gone(pid):
         return True
 
 
+def dead(actor):
+    try:
+        get(actor.end.remote())
+    except the_ray().exceptions.RayActorError:
+        return True
+    return False
+
+
 class Groups:
     """Groups of two ranks, which take seconds to start: one that a test has left alive serves the next."""
 
@@ -162,6 +171,22 @@ def group(groups):
     group = groups.take()
     yield group
     groups.alive.append(group)
+
+
+def sleeper():
+    """An actor that ends when it's asked for a key. Its class goes by value, so that its process imports nothing."""
+
+    class Sleeper:
+        def end(self):
+            pass
+
+        def work(self, _):
+            time.sleep(1000)
+
+        def keep(self, *_):
+            os._exit(1)
+
+    return the_ray().remote(num_cpus=0, concurrency_groups=THREADS)(Sleeper).remote()
 
 
 # -- what a group says -------------------------------------------------------------------------------------------------
@@ -234,9 +259,8 @@ def test_the_store_answers_as_torchs_own_do(group):
 def test_a_key_that_nobody_sets_and_an_actor_that_is_gone_are_a_lost_store(group):
     with pytest.raises(StoreLost, match=r"nobody has set never within 0\.1 s"):
         ActorStore(group, 0.1).get("never")
-    dead = the_ray().remote(num_cpus=0, concurrency_groups=THREADS)(Sleeper).remote()
     with pytest.raises(StoreLost, match="gone or silent"):
-        ActorStore(dead, LIMIT_S).set("a", "1")
+        ActorStore(sleeper(), LIMIT_S).set("a", "1")
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
@@ -284,28 +308,38 @@ def _hangs_once(folder, model, batch):
     model(**batch)
 
 
-def test_a_rank_that_is_killed_at_an_item_ends_its_group_and_another_counts_everything_once(groups, tmp_path):
-    group, begun = groups.take(), job(partial(_hangs_once, tmp_path))
+@pytest.fixture(scope="module")
+def pool(hosts):
+    with dc.CachePool(tiny, num_actors=1, num_ranks=2, resources=SLOT, timeout_s=LIMIT_S) as pool:
+        yield pool
+
+
+def in_pool(pool, forward=None):
+    cache = dc.ActivationCache()
+    cache.register_aggregation("joined", joined)
+    asked = {"batch_size": BATCH // 2, "columns": ["label"], "forward": forward, "cache": cache, "progress": False}
+    return pool.collect(DATA, job().sites, **asked)
+
+
+def test_a_rank_that_is_killed_at_an_item_ends_its_group_and_another_counts_every_sample_once(pool, tmp_path, caplog):
+    processes = pids(pool._crew.members[0].handle)
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(in_pool, pool, partial(_hangs_once, tmp_path))
+        wait_until((tmp_path / "pid").exists)
+        assert int((tmp_path / "pid").read_text()) == processes[1]
+        os.kill(processes[1], signal.SIGKILL)
+        check(found.result(LIMIT_S), DATA)
+    assert "lost rank 1" in caplog.text
+    assert all(map(gone, processes))
+
+
+def test_ranks_end_with_the_actor_that_keeps_their_store(pool):
+    group = pool._crew.members[0].handle
     processes = pids(group)
-    begin(group, begun)
-    assert work(group, 0).counted
-    asked = group.work.remote(1)
-    wait_until((tmp_path / "pid").exists)
-    assert int((tmp_path / "pid").read_text()) == processes[1]
-    os.kill(processes[1], signal.SIGKILL)
-    with pytest.raises(dc.PeerFailed, match="lost rank 1"):
-        get(asked)
-    with pytest.raises(dc.PeerFailed, match="lost rank 1"):  # it takes up nothing any more
-        work(group, 2)
+    os.kill(get(group.__ray_call__.remote(_pid)), signal.SIGKILL)
+    with pytest.raises(the_ray().exceptions.RayActorError):
+        get(group.work.remote(0))
     wait_until(lambda: all(map(gone, processes)))
-    another = groups.take()
-    begin(another, begun)
-    for item in range(3):
-        assert work(another, item).counted
-    handed, cache = hand_over(another)
-    assert sorted(handed.items) == [0, 1, 2]
-    check(cache, DATA)
-    groups.alive.append(another)
 
 
 def test_a_rank_that_is_killed_while_another_waits_in_the_merge_ends_its_group(groups):
@@ -319,35 +353,15 @@ def test_a_rank_that_is_killed_while_another_waits_in_the_merge_ends_its_group(g
     os.kill(processes[0], signal.SIGKILL)
     with pytest.raises(dc.PeerFailed, match="lost rank 0"):
         get(asked)
-    wait_until(lambda: all(map(gone, processes)))
-
-
-def test_when_the_actor_that_keeps_the_store_is_killed_so_are_its_ranks(groups):
-    group = groups.take()
-    processes = pids(group)
-    begin(group, job())
-    os.kill(get(group.__ray_call__.remote(_pid)), signal.SIGKILL)
-    with pytest.raises(the_ray().exceptions.RayActorError):
-        get(group.work.remote(0))
+    with pytest.raises(dc.PeerFailed, match="lost rank 0"):  # it takes up nothing any more
+        work(group, 1)
     wait_until(lambda: all(map(gone, processes)))
 
 
 def test_a_rank_that_says_nothing_is_given_up_after_the_limit_and_the_group_with_it(hosts):
-    leader = Group(tiny, 2, {}, timeout_s=0.5)
-    leader._ranks = [the_ray().remote(num_cpus=0)(Sleeper).remote() for _ in range(2)]
-    get([rank.end.remote() for rank in leader._ranks])
+    group = Group(tiny, 2, {}, timeout_s=0.5)
+    group._ranks = [sleeper() for _ in range(2)]
+    get([rank.end.remote() for rank in group._ranks])
     with pytest.raises(dc.PeerFailed, match=r"waited 0\.5 s for rank\(s\) \[1\]"):
-        leader._answers({0: leader._ask(0, "end"), 1: leader._ask(1, "work", 0)})
-    with pytest.raises(the_ray().exceptions.RayActorError):
-        get(leader._ranks[0].end.remote())
-
-
-class Sleeper:
-    def end(self):
-        pass
-
-    def work(self, _):
-        time.sleep(10 * LIMIT_S)
-
-    def keep(self, *_):
-        os._exit(1)
+        group._answers({0: group._ask(0, "end"), 1: group._ask(1, "work", 0)})
+    wait_until(lambda: dead(group._ranks[0]))

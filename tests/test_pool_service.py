@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,31 +143,34 @@ def test_what_does_not_fit_is_refused_and_may_come_again_mended():
     assert same_as_one_process(content(one))
 
 
-def widest(values):
-    return max(values, key=lambda x: x.shape[0])
+def number_of(values):
+    return torch.tensor(len(values))
 
 
 def test_a_function_sees_the_values_of_all_contributions():
     one = keeper()
-    for rows in (2, 5, 3):
+    for number in range(3):
         cache = dc.ActivationCache()
-        cache.register_aggregation("x", widest)
+        cache.register_aggregation("x", number_of)
         part = cache._collecting()
-        part.add("x", torch.full((rows, 1), float(rows)))
-        give(one, f"of {rows}", part)
-    assert content(one)["x"].shape == (5, 1)
+        part.add("x", torch.tensor(7))
+        give(one, f"{number}", part)
+    assert content(one)["x"] == 3  # folded pairwise it would be 2
 
 
 # -- what is saved ---------------------------------------------------------------------------------------------
 
 
-def test_what_was_saved_is_taken_up_and_goes_on(tmp_path):
+def test_what_was_saved_is_taken_up_and_goes_on(tmp_path, actors):
     one = keeper(tmp_path)
     give(one, "first", part([4, 1, 5, 0]), who="job 7")
     one.save()
     dies(one)
     two = keeper(tmp_path, born="two")
     assert two.has("first") and two._told().lost == ()
+    status = two.status()
+    assert status.saved_to == str(tmp_path / "00000001") and status.saved.startswith("20")
+    assert (status.contributions, status.unsaved, status.keys, status.nbytes) == (1, 0, 2, one.status().nbytes)
     give(two, "first", part([4, 1, 5, 0]))  # a retry, of before
     with pytest.raises(dc.DuplicateSamples, match=r"0, 4 came with the contribution 'first' of job 7"):
         give(two, "again", part([0, 4], keys=["rows"]))
@@ -323,13 +327,23 @@ def test_a_folder_is_one_pools_and_one_keepers(tmp_path, monkeypatch):
     keeper(tmp_path, born="two")
 
 
-def test_a_keeper_that_ray_restarts_takes_up_its_folder_by_itself(tmp_path, actors):
+def test_a_keeper_that_ray_restarts_takes_up_its_folder_by_itself(tmp_path, actors, monkeypatch):
     one = keeper(tmp_path / "here")
     give(one, "first", part([0, 1, 2, 3, 4, 5]))
     one.save()
     dies(one)
     again = Keeper("attn", "one", {}, str(tmp_path / "here"), 3600.0)
     assert same_as_one_process(content(again))
+    monkeypatch.setattr(folder, "LOCK_WAIT_S", 0.2)
+    third = Keeper("attn", "one", {}, str(tmp_path / "here"), 3600.0)
+    with pytest.raises(dc.DistcacheError, match="is in use"):  # the one before lives on, out of Ray's reach
+        third.keys()
+    dies(again)
+    assert third.keys() == ["rows", "mean"]
+    dies(third)
+    new = Keeper("attn", "two", {}, str(tmp_path / "here"), 3600.0)
+    with pytest.raises(dc.PeerFailed, match=r"the keeper of the pool 'attn' has not begun"):  # its maker says when
+        new.keys()
     elsewhere = Keeper("attn", "one", {}, str(tmp_path / "on another node"), 3600.0)
     with pytest.raises(dc.PeerFailed, match=r"was restarted on .*, where its folder .* isn't"):
         give(elsewhere, "second", part([0]))
@@ -400,6 +414,7 @@ def test_workers_are_lent_to_one_collection_and_ended_with_a_silent_one(actors, 
     assert (one.status().collecting, one.status().items_done, one.status().items_under_way) == ("job 7", 3, 5)
     for _ in range(2):  # as if the first answer had been lost
         one.give_back("loan 1", ["attn/worker/d", "attn/worker/e"])
+    assert actors >= {"attn/worker/d", "attn/worker/e"}
     assert one.borrow("loan 2", "job 8") == ["attn/worker/d", "attn/worker/e"] == one.borrow("loan 2", "job 8")
     monkeypatch.setattr(service, "LOAN_S", -1.0)
     one.beat("loan 2", "job 8", 1, 2)
@@ -445,12 +460,11 @@ def share(samples):
     return cache
 
 
-def many_keys(site):
-    cache = dc.ActivationCache()
-    cache.register_aggregation(site, dc.Mean(dim=0))
-    for layer in range(400):
-        cache.add(f"{site}_{layer}", torch.ones(1, 2), index=[0])
-    return cache
+def waits_for(path, _keeper):
+    """What holds up a thread of the keeper until there is a file."""
+    end_s = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < end_s:
+        time.sleep(0.01)
 
 
 def job(code, hosts, *args):
@@ -546,7 +560,9 @@ def test_a_pool_outlives_its_maker_and_two_jobs_contribute_at_once(hosts, tmp_pa
     assert service.named("attn/") == []
 
 
-def test_a_pool_that_is_connected_to_collects_with_the_workers_that_are_there_and_answers_as_it_folds(hosts, ended):
+def test_a_pool_that_is_connected_to_collects_with_the_workers_that_are_there_and_answers_as_it_folds(
+    hosts, tmp_path, ended
+):
     import ray
 
     made = dc.CachePool(factory, SITES, num_actors=2, resources=SLOT, timeout_s=60, name="mlp", detached=True)
@@ -568,11 +584,14 @@ def test_a_pool_that_is_connected_to_collects_with_the_workers_that_are_there_an
     with made._staffed(), pytest.raises(TimeoutError, match=r"the workers of the pool 'mlp' have been with job "):
         pool.collect(DATA, batch_size=2, progress=False)
 
-    # A question is answered before the contributions that wait are all folded.
-    waiting = [ray.put(pack(many_keys(f"k{number}"))) for number in range(10)]
-    folds = [made._link._handle.contribute.remote(f"id {i}", "me", packed) for i, packed in enumerate(waiting)]
-    assert made.status().contributions < 11 and ray.wait(folds, num_returns=10, timeout=0)[1]
-    assert ray.get(folds) and made.status().contributions == 11
+    # A question is answered while contributions wait.
+    handle, flag = made._link._handle, tmp_path / "go on"
+    waiting = [handle.__ray_call__.remote(partial(waits_for, flag))]
+    waiting.append(handle.contribute.remote("another", "me", pack(part([0], keys=["other"]))))
+    assert made.status().contributions == 1 and made.keys() == ["rows", "mean"]
+    flag.touch()
+    ray.get(waiting)
+    assert made.status().contributions == 2 and made.has("another")
 
     # Without a folder a keeper's death is the end of what it had; its name is free, and its workers are ended.
     kill_keeper("mlp")

@@ -122,16 +122,16 @@ def over_torchrun(hosts: Hosts, out: Path, options: str) -> None:
 def over_ray(hosts: Hosts, out: Path, options: str) -> None:
     services = compose.services(RANKS="1", LIMIT_S=str(LIMIT_S), OPTIONS=f"--actors=2 {options}")
     token = hosts.folder / "token"
-    token.write_text(secrets.token_hex(32))
+    token.write_text(f"{secrets.token_hex(32)}\n")
     asks = {**services["ray-head"]["environment"], "RAY_AUTH_TOKEN_PATH": str(token)}
     # The head works too here, so that each host has one actor, and the driver needs no node of its own.
     head = [word.replace("--num-cpus=0", "--num-cpus=1") for word in command_of(services["ray-head"], out)]
     healthy = services["ray-head"]["healthcheck"]["test"][1:]
     for host, command in (("host0", head), ("host1", command_of(services["ray-worker"], out))):
-        node, end_s = hosts.start(host, command, **asks), time.monotonic() + 60
+        node, end_s = hosts.start(host, command, **asks), time.monotonic() + 120
         while hosts.start(host, healthy, stderr=subprocess.DEVNULL).wait(30):
             if node.poll() is not None or time.monotonic() > end_s:
-                sys.exit(f"Ray on {host} isn't healthy within a minute, or has ended ({node.poll()}).")
+                sys.exit(f"Ray on {host} isn't healthy within two minutes, or has ended ({node.poll()}).")
             time.sleep(0.5)
     _, driver = command_of(services["ray-pool"], out)[-1].splitlines()
     if status := hosts.start("host0", shlex.split(driver), **asks).wait(LIMIT_S):

@@ -52,7 +52,7 @@ def pattern_sum(
     `spans[b]` is the range (start, stop) of sample b's valid tokens; an empty one adds nothing. Queries and
     keys outside are dropped before the softmax. `heads` are the query heads wanted, by default all. `queries` and
     `keys` are the positions wanted, as of `positions.positions`; weights are of the whole row in any case, and
-    `positions.query_counts` says how many samples are in each. `block`: the most queries at a time.
+    `positions.counts_at` says how many samples are in each. `block`: the most queries at a time.
 
     Returns [heads, queries, keys], by default [heads, size, size]; index 0 is the first of the positions, with
     align="end" the last. It is `into_hqk`, to which the sum was added, float32 or float64, of any strides, on the
@@ -111,13 +111,6 @@ def pattern(
         for part in _cut_blocks(call, slice(b, b + 1), start, stop, Scratch(call, block, heads), heads, rows, kept):
             pattern_hqk[part.heads, part.rows, part.keys] = part.probs_bhqk[0]
         return pattern_hqk
-
-
-def sum_bytes(
-    num_heads: int, size: int, *, queries: Positions = None, keys: Positions = None, align: Align = "start"
-) -> int:
-    """What `pattern_sum` returns, in bytes: of each layer until the pass that made it returns."""
-    return num_heads * len(positions(queries, size, align)) * len(positions(keys, size, align, "keys")) * 4
 
 
 def scratch_bytes(
@@ -207,7 +200,7 @@ def check(call: AttentionCall, spans: Sequence[tuple[int, int]], size: int, head
         raise SiteError(
             f"{where}: expected as many keys as queries, and query heads a multiple of key heads; got "
             f"queries {tuple(call.query_bhqd.shape)}, keys {tuple(call.key_bhkd.shape)} as [B, H, S, D]. "
-            f"Cached decoding and cross-attention are not supported yet."
+            f"Cross-attention has no such patterns; passes that go on with a cache are put together by Steps."
         )
     if len(spans) != num_samples:
         raise SiteError(

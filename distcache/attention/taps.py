@@ -278,8 +278,8 @@ def check_square(where: str, num_queries: int, num_keys: int) -> None:
     if num_queries != num_keys:
         raise SiteError(
             f"{where}: expected as many queries as keys, got {num_queries} queries and {num_keys} keys. "
-            f"Averaged patterns during cached decoding (and of cross-attention) are not supported yet: "
-            f"record a forward pass over whole texts, with use_cache=False."
+            f"Patterns are of whole texts, not of cross-attention, nor of passes that go on with a cache, but for "
+            f"model.generate's: record a forward pass over whole texts, with use_cache=False."
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,10 @@ from distcache.packed import Packed, pack, unpack
 from distcache.pool.work import Failure, Job, Receipt, State, Work
 
 log = logging.getLogger("distcache")
+
+# States that who asks for them folds by itself; more are folded by the actors first, in a tree, or they would all go
+# through one host's network.
+FOLDED_HERE = 4
 
 ModelFactory = Callable[[], nn.Module | tuple[nn.Module, Callable[[list[Any]], Any]]]
 
@@ -168,10 +172,7 @@ class Holder:
         """Packed states as one, and its bytes before it."""
         try:
             if others:
-                state = own(packed)
-                for other in others:
-                    fold(state, other)
-                packed = pack(state)
+                packed = pack(fold_all([packed, *others]))
         except Exception as error:
             return Failure.of(error), None
         return packed.nbytes, packed
@@ -185,6 +186,15 @@ def on_cpu(state: State) -> State:
     if any(schema.device != "cpu" or schema.kind == "list" for schema in state._schemas().values()):
         state.cpu()
     return state
+
+
+def fold_all(packed: Iterable[Packed]) -> ActivationCache:
+    """One cache of several that were received: at least one."""
+    first, *others = packed
+    cache = own(first)
+    for other in others:
+        fold(cache, other)
+    return cache
 
 
 def own(packed: Packed) -> ActivationCache:

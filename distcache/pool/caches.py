@@ -15,7 +15,7 @@ from distcache.cache import ActivationCache
 from distcache.errors import DuplicateSamples, PeerFailed
 from distcache.ledger import Ledger
 from distcache.packed import Packed, pack
-from distcache.pool.actors import fold, own, the_ray
+from distcache.pool.actors import FOLDED_HERE, fold, fold_all, own, the_ray
 from distcache.pool.crew import why_of
 from distcache.pool.driver import as_error
 from distcache.pool.work import Failure
@@ -64,7 +64,7 @@ def pool_caches(actors: Sequence[Any], method: str = "cache", *, timeout_s: floa
         shown = [answer(number, ref, f"at {method}()") for number, ref in enumerate(asked)]
         _check_apart([Ledger.from_plain(ledger) for ledger in shown], names)
         holding = list(range(len(actors)))
-        while len(holding) > 1:
+        while len(holding) > FOLDED_HERE:
             step = []
             for mine, theirs in zip(holding[::2], holding[1::2], strict=False):
                 said, packed = call(theirs, _hand_over, num_returns=2)
@@ -73,9 +73,10 @@ def pool_caches(actors: Sequence[Any], method: str = "cache", *, timeout_s: floa
                 answer(theirs, said, "to hand over its cache")
                 answer(mine, absorbed, f"to take in the cache of {names[theirs]}")
             holding = holding[::2]
-        said, packed = call(0, _hand_over, num_returns=2)
-        answer(0, said, "to hand over the caches of all")
-        result = own(answer(0, packed, "to hand over the caches of all"))
+        handed = [(number, *call(number, _hand_over, num_returns=2)) for number in holding]
+        for number, said, _ in handed:
+            answer(number, said, "to hand over its cache")
+        result = fold_all([answer(number, packed, "to hand over its cache") for number, _, packed in handed])
     finally:
         for number in range(len(actors)):
             call(number, _forget)

@@ -92,12 +92,12 @@ class Crew:
         if self._closed:
             raise RuntimeError("the pool is closed: make a new one.")
         now_s = time.monotonic()
-        while len(self.members) + len(self._starting) < self._low:
-            self._start()
-        if self.members:
+        if self.members or not self._starting:
             self._alone_s = now_s
         elif now_s - self._alone_s > self._timeout_s:
             raise self._unplaced()
+        while len(self.members) + len(self._starting) < self._low:
+            self._start()
         there = len(self.members) + len(self._starting)
         if wanted > 0 and there < self._high and not self._starting and now_s - self._looked_s > GROW_EVERY_S:
             self._looked_s = now_s

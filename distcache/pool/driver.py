@@ -28,9 +28,10 @@ from distcache.cache import ActivationCache
 from distcache.collect import Samples, check_foreseen, check_samples, showing
 from distcache.errors import DistcacheError, PeerFailed
 from distcache.ledger import IntervalSet
-from distcache.pool.actors import Handed, Holder, ModelFactory, Worker, options, own, the_ray
+from distcache.packed import Packed
+from distcache.pool.actors import FOLDED_HERE, Handed, Holder, ModelFactory, Worker, fold_all, options, the_ray
 from distcache.pool.crew import Crew, Member, why_of
-from distcache.pool.ranks import Group
+from distcache.pool.ranks import THREADS, Group
 from distcache.pool.service import Link, Service, Staff, found, linked
 from distcache.pool.work import Failure, Job, Receipt, State
 from distcache.sites import Sites
@@ -38,8 +39,8 @@ from distcache.strategies import Function
 
 log = logging.getLogger("distcache")
 
-# A state of 1 GB took some seconds to hand over and to fold beside the work, so at five minutes that is a per cent, and
-# a dead actor costs five minutes of its work at most.
+# A state of 200 MB kept its actor from work for up to 0.3 s, and another process for 0.4 s to fold it (2 busy cores):
+# at five minutes 1 GB costs half a per cent, and a dead actor five minutes of its own work at most.
 HAND_OVER_S = 300.0
 
 
@@ -124,13 +125,13 @@ class CachePool(Service):
         hand_over_s: float,
     ) -> None:
         self._sites, self._retries, self._timeout_s, self._hand_over_s = sites, retries, timeout_s, hand_over_s
-        self._link, self._made_here = link, False
+        self._link, self._made_here, self._num_ranks = link, False, num_ranks
         ray = the_ray()
 
         def make(**named: Any) -> Any:
             if num_ranks == 1:
                 return ray.remote(Worker).options(**options(resources), **named).remote(model_factory)
-            group = ray.remote(Group).options(**options({}), **named)
+            group = ray.remote(concurrency_groups=THREADS)(Group).options(**options({}), **named)
             return group.remote(model_factory, num_ranks, resources, timeout_s)
 
         needs = {name: amount * num_ranks for name, amount in resources.items()}
@@ -190,7 +191,7 @@ class CachePool(Service):
         for _, strategy in registry:
             if isinstance(strategy, Function):
                 strategy.check_importable()
-        job = Job(sites, batch_size, collate, forward, tuple(columns), registry)
+        job = Job(sites, batch_size * self._num_ranks, collate, forward, tuple(columns), registry)  # a batch for each
         collection = _Collection(self._crew, job, self._retries, self._timeout_s, self._hand_over_s)
         with self._staffed(collection.progress):
             try:
@@ -263,6 +264,7 @@ class _Collection:
         self._tries: Counter[int] = Counter()
         self._failed_on: defaultdict[int, set[Member]] = defaultdict(set)
         self._silent: set[int] = set()  # done, and nothing to count
+        self._suspects: set[int] = set()  # one of those that an actor died at, which isn't known: each is done alone
         self._parts: list[Part] = []
         self._holder: Member | None = None
         self._holders = 0  # that there have been
@@ -325,15 +327,19 @@ class _Collection:
         # One more than it works on, so that no actor waits for this process; but at the end nobody hoards.
         for depth in (1, 2) if len(self._todo) > len(self._shares) else (1,):
             for member, share in self._shares.items():
-                if len(share.working) < depth and (item := self._next_for(member)) is not None:
+                if len(share.working) < depth and (item := self._next_for(member, share)) is not None:
                     share.working.append(item)
                     self._crew.ask(member, partial(self._worked, member, item), "work", item, item=item)
         self._hold()
         self._crew.wait(*([] if self._holder is None else [self._holder]))
 
-    def _next_for(self, member: Member) -> int | None:
-        """An item for an actor: not one that failed there, as long as there is another."""
+    def _next_for(self, member: Member, share: Share) -> int | None:
+        """An item for an actor: not one that failed there, as long as there is another actor."""
+        if not self._suspects.isdisjoint(share.working):
+            return None
         for item in self._todo:
+            if share.working and item in self._suspects:
+                continue
             if member not in self._failed_on[item] or self._failed_on[item].issuperset(self._shares):
                 self._todo.remove(item)
                 return item
@@ -397,9 +403,12 @@ class _Collection:
         self._todo.extendleft(share.working)
         self._again(share.own)
         self._parts.extend(share.absorbed)
-        if item is not None:
-            self._failed_on[item].add(member)
+        for each in share.working:
+            self._failed_on[each].add(member)
+        if item is not None and len(share.working) == 1:
             self._blame(item, f"was what {member} died at: {why}")
+        else:  # the answer to the first of them may have died with the actor, at the second
+            self._suspects.update(share.working)
 
     def _samples(self, item: int) -> range:
         assert self._num_samples is not None
@@ -512,36 +521,41 @@ class _Collection:
         self._crew.ask(member, answered, "absorb", part.items, part.ref, failed=failed)
 
     def _pooled(self) -> ActivationCache | None:
-        """Everything as one state, folded actor to actor in a tree. None if something got lost on the way: there are
-        items to do again then, or parts to fold again.
+        """Everything as one state, folded actor to actor in a tree, the last few here. None if something got lost:
+        there are items to do again then, or parts to fold again.
         """
         self._answered()
-        holding = [member for member, share in self._shares.items() if share.own or share.absorbed]
-        if len(self._parts) + len(holding) > 1:
-            holding = holding or [*self._shares]
-            for number, part in enumerate(list(self._parts)):
-                self._have_absorbed(holding[number % len(holding)], part)
-            self._answered()
-        while len(holding) > 1 and not self._todo:
-            for mine, theirs in zip(holding[::2], holding[1::2], strict=False):
-                if mine in self._shares and theirs in self._shares:
+        holding = self._holding()
+        while len(holding) + len(self._parts) > FOLDED_HERE and not self._todo:
+            if self._parts:
+                takers = holding or [*self._shares]
+                for number, part in enumerate(list(self._parts)):
+                    self._have_absorbed(takers[number % len(takers)], part)
+            else:
+                for mine, theirs in zip(holding[::2], holding[1::2], strict=False):
                     self._have_handed_over(theirs, partial(self._have_absorbed, mine))
             self._answered()
-            holding = holding[::2]
-        if holding and holding[0] in self._shares and not self._parts:
-            self._have_handed_over(holding[0])
-            self._answered()
-        if self._todo or len(self._parts) > 1 or any(share.own or share.absorbed for share in self._shares.values()):
+            if not self._shares:
+                return None
+            holding = self._holding()
+        for member in holding:
+            self._have_handed_over(member)
+        self._answered()
+        if self._todo or self._holding():
             return None
-        if not self._parts:
-            return self._result(State(), ())
-        (part,) = self._parts
-        try:
-            packed = self._ray.get(part.ref, timeout=self._timeout_s)
-        except self._ray.exceptions.RayError as error:
-            self._lose(part, error)
+        found: list[Packed] = []
+        for part in list(self._parts):
+            try:
+                found.append(self._ray.get(part.ref, timeout=self._timeout_s))
+            except self._ray.exceptions.RayError as error:
+                self._lose(part, error)
+        if self._todo:
             return None
-        return self._result(own(packed), part.items)
+        return self._result(fold_all(found) if found else State(), [i for part in self._parts for i in part.items])
+
+    def _holding(self) -> list[Member]:
+        """Who has something behind its state."""
+        return [member for member, share in self._shares.items() if share.own or share.absorbed]
 
     def _result(self, found: ActivationCache, items: Sequence[int]) -> ActivationCache:
         assert self._num_samples is not None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import errno
 import os
 import re
@@ -94,6 +95,11 @@ class _Book(Struct, frozen=True, forbid_unknown_fields=True):
     contributions: list[_Counted]
 
 
+def now() -> str:
+    """ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 _LINE = msgspec.json.Decoder(Accepted | Begun)
 
 
@@ -104,6 +110,7 @@ class Folder:
         self.path, self._pool = path, pool
         self._journal: Any = None
         self._number = 0  # of the newest save
+        self.saved: str | None = None  # when that was
 
     def knows(self, born: str) -> bool:
         """Whether a keeper of this name has begun here before."""
@@ -162,7 +169,7 @@ class Folder:
         """
         target = self._place(self._number + 1)
         content.save(target, pool=self._pool, contributions=_as_text(book))
-        self._number += 1
+        self._number, self.saved = self._number + 1, now()
         self._remove(self._number - 1)
         return target
 
@@ -178,7 +185,8 @@ class Folder:
         return self.path / f"{number:08d}"
 
     def _loaded(self, path: Path) -> tuple[ActivationCache, dict[str, Contribution]]:
-        info = read_manifest(path).info
+        manifest = read_manifest(path)
+        info, self.saved = manifest.info, manifest.created
         if info.get("pool") != self._pool:
             raise ValueError(
                 f"{path} is a save of the pool {info.get('pool')!r}, not of {self._pool!r}: give each pool a folder of "

@@ -238,8 +238,8 @@ class Group:
     Args:
         factory: as of a `Worker`, called on every rank.
         resources: what each rank needs.
-        timeout_s: limit of a rank's silence, at each thing that it's asked: a place and its model, an item, a merge. Two
-            groups that start at once, where there is room for one, may hold what the other waits for as long.
+        timeout_s: limit of a rank's silence, at each thing that it's asked: a place and its model, an item, a merge.
+            Two groups that start where there is room for one may hold what the other waits for as long as that.
 
     `PeerFailed` from any method where a rank died, raised or fell silent: the group has ended then, every rank of it,
     and so says each method from then on.
@@ -272,7 +272,7 @@ class Group:
         return failure
 
     def begin(self, job: Job, data: Samples | Callable[[], Samples]) -> int | Failure:
-        """See `Worker.begin`; `job.batch_size` is the group's."""
+        """See `Worker.begin`. An item has a batch of `job.batch_size / num_ranks` samples for each rank."""
         ray = the_ray()
         self._counted.clear()
         found = self._all("begin", ray.put(job), ray.put(data))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import datetime
 import hashlib
 import logging
 import os
@@ -30,12 +29,12 @@ from torch import Tensor
 from distcache.cache import ActivationCache
 from distcache.collect import kept_bytes
 from distcache.distributed import DistributedCache
-from distcache.errors import DuplicateSamples, PeerFailed
+from distcache.errors import BadCache, DistcacheError, DuplicateSamples, PeerFailed
 from distcache.ledger import IntervalSet, Ledger
 from distcache.packed import Packed, pack, unpack
 from distcache.pool.actors import own, the_ray
 from distcache.pool.crew import Crew, Member, why_of
-from distcache.pool.folder import Accepted, Contribution, Folder
+from distcache.pool.folder import Accepted, Contribution, Folder, now
 from distcache.strategies import Columns, Rows
 
 log = logging.getLogger("distcache")
@@ -59,7 +58,8 @@ class Status:
         collecting: who has them, if somebody collects.
         items_done: of collections, since the keeper began.
         items_under_way: of the collection that goes on, those that aren't done.
-        keys, nbytes: of the content.
+        keys: of the content.
+        nbytes: of its states and rows.
         contributions: how many the content counts.
         unsaved: how many of them came after the last save.
         lost: those that were accepted and then lost with a keeper that died before it saved. Who contributes one anew,
@@ -124,7 +124,6 @@ class Keeper:
         self._seen = Ledger()  # of all contributions
         self._lost: dict[str, Accepted] = {}
         self._nbytes = self._kept_nbytes = self._unsaved = self._items_done = 0
-        self._saved: str | None = None
         self._error: str | None = None
         self._idle: list[str] = []  # workers that are known to be at nothing
         self._loan: Loan | None = None
@@ -139,15 +138,24 @@ class Keeper:
             else f"the keeper of the pool {name!r} was restarted on {socket.gethostname()}, where its folder {save_to} "
             "isn't: give a folder on a file system that the nodes share."
         )
+        self._waits = False  # for a folder that another keeper has
         if self._folder is not None and self._folder.knows(born):  # Ray has restarted it, with an empty state
             # Who has the workers is to say so; until then nobody else is lent them.
-            self._loan = Loan(
-                "", "a collection that began before the keeper was restarted", time.monotonic() + 2 * BEAT_S
-            )
+            who = "a collection that began before the keeper was restarted"
+            self._loan = Loan("", who, time.monotonic() + 2 * BEAT_S)
+            self._take_up()
+
+    def _take_up(self) -> None:
+        """What `open` raises is told to whoever asks; raised here it would end the actor."""
+        with self._saving:
+            if self._why_not is None:
+                return
             try:
                 self.open()
-            except Exception as error:  # told to whoever asks; raised here it would make Ray restart it again and again
+            except Exception as error:
                 self._why_not = error
+                # The keeper before may live on for a while, on a node that Ray has given up.
+                self._waits = isinstance(error, DistcacheError) and not isinstance(error, BadCache)
 
     # -- the content: one thread, so that nothing here waits for anything but the fold before it
 
@@ -194,7 +202,7 @@ class Keeper:
             self._seen.add_all(seen)
             self._lost.pop(id, None)
             self._unsaved += 1
-            self._kept_nbytes += packed.nbytes - len(packed.header) - _arena_nbytes(found)
+            self._kept_nbytes += kept_bytes(found).total()
             self._nbytes = self._kept_nbytes + _arena_nbytes(self._content)
         if self._folder is not None:
             try:
@@ -245,7 +253,7 @@ class Keeper:
                     raise
                 with self._changing:
                     self._unsaved -= unsaved
-                self._saved, self._error = now(), None
+                self._error = None
             return str(self._folder.newest)
 
     def _save_now_and_then(self) -> None:
@@ -286,7 +294,7 @@ class Keeper:
             contributions=len(self._book),
             unsaved=self._unsaved,
             lost=self._told().lost,
-            saved=self._saved,
+            saved=None if folder is None else folder.saved,
             saved_to=None if newest is None else str(newest),
             error=self._error,
         )
@@ -339,6 +347,8 @@ class Keeper:
         return Told(tuple(map(str, self._lost.copy().values())), self._error)
 
     def _check_open(self) -> None:
+        if self._waits and not self._closed.is_set():
+            self._take_up()
         if self._why_not is not None:
             raise self._why_not
 
@@ -377,10 +387,6 @@ def _digest(cache: ActivationCache, seen: Ledger) -> str:
 
 def _arena_nbytes(cache: ActivationCache) -> int:
     return sum(part.nbytes for segment in cache._arena.segments.values() for part in segment.filled())
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 # -- names -----------------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ class Grouped(Fieldwise):
     that order is left to chance, and last bits differ from run to run (`torch.use_deterministic_algorithms` fixes it).
 
     Args:
-        strategy: a strategy that is `groupable`: Mean, Sum, Moments, Max, Min, Covariance, Histogram. TypeError or
-            ValueError for one that isn't, with the reason.
+        strategy: a strategy that is `groupable`: Mean, Sum, Moments, Max, Min, Covariance, Histogram; AveragePattern
+            with a size. TypeError or ValueError for one that isn't, with the reason.
         size: the number of cells, 1 or more.
         by: the column that names each row's cell, integers from 0 to size − 1; −1 leaves a row out. What was recorded
             beside (`label=`), or `"position"`, `"token_id"`. ValueError for another value, and where it's missing.
