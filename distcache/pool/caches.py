@@ -15,7 +15,7 @@ from distcache.cache import ActivationCache
 from distcache.errors import DuplicateSamples, PeerFailed
 from distcache.ledger import Ledger
 from distcache.packed import Packed, pack
-from distcache.pool.actors import FOLDED_HERE, fold, fold_all, own, the_ray
+from distcache.pool.actors import FOLDED_HERE, fold, own, the_ray
 from distcache.pool.crew import why_of
 from distcache.pool.driver import as_error
 from distcache.pool.work import Failure
@@ -74,9 +74,19 @@ def pool_caches(actors: Sequence[Any], method: str = "cache", *, timeout_s: floa
                 answer(mine, absorbed, f"to take in the cache of {names[theirs]}")
             holding = holding[::2]
         handed = [(number, *call(number, _hand_over, num_returns=2)) for number in holding]
-        for number, said, _ in handed:
+        result: ActivationCache | None = None
+        for number, said, ref in handed:
             answer(number, said, "to hand over its cache")
-        result = fold_all([answer(number, packed, "to hand over its cache") for number, _, packed in handed])
+            packed = answer(number, ref, "to hand over its cache")
+            if result is None:
+                result = own(packed)
+                continue
+            try:
+                fold(result, packed)
+            except Exception as error:
+                words = f"the cache of {names[number]} doesn't fit those of the actors before it: "
+                raise as_error(Failure.of(error), words) from error
+        assert result is not None
     finally:
         for number in range(len(actors)):
             call(number, _forget)
