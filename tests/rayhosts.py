@@ -37,7 +37,10 @@ class Hosts:
 
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[Hosts]:
-    """Two hosts with four slots and room for one each, and this process joined to them."""
+    """Two hosts with eight slots and room for one each, and this process joined to them.
+
+    Actors of several modules may be there at once: fixtures of theirs live until their last test has run.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
@@ -45,7 +48,7 @@ def hosts() -> Iterator[Hosts]:
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     # Actors unpickle functions of tests by name.
     patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    node = {"num_cpus": 0, "resources": {"slot": 4, "room": 1}, "object_store_memory": STORE_BYTES}
+    node = {"num_cpus": 0, "resources": {"slot": 8, "room": 1}, "object_store_memory": STORE_BYTES}
     # A killed raylet refuses connections, which counts at once; one that is slow has three times five seconds.
     checks = {"period_ms": 1000, "timeout_ms": 5000, "initial_delay_ms": 1000, "failure_threshold": 3}
     config = {f"health_check_{name}": value for name, value in checks.items()}
