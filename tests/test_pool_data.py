@@ -190,9 +190,9 @@ def data(request):
     from ray import data as ray_data
 
     hosts = request.getfixturevalue("hosts")
-    node = hosts.cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-    yield ray_data
-    hosts.remove(node)
+    # It stays: actors of other tests, which ask for nothing, may run there by now.
+    hosts.cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+    return ray_data
 
 
 def states(data, collect=None, numbers=range(23), batch_size=4, **options):
