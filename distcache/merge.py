@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distcache import codec
 from distcache.cache import ActivationCache
-from distcache.comm import Communicator, Poll, StoreLost, Transfer
+from distcache.comm import Communicator, StoreLost, Transfer
 from distcache.entries import REDUCED, KeptEntry, copied, registered
 from distcache.errors import DuplicateSamples, MergeInDoubt, SchemaMismatch, TooLarge
 from distcache.interrupts import held_interrupts
@@ -31,7 +31,6 @@ from distcache.memory import available_bytes, human
 from distcache.mesh import Mesh
 from distcache.pieces import Arrived, Assembly, Kept, assemble, decode_list, encode_list, plan_assembly, tell
 from distcache.plan import (
-    Block,
     Holdings,
     MergePlan,
     Offer,
@@ -52,6 +51,7 @@ from distcache.protocol import (
     end_attempt,
     moving,
     poll_decision,
+    tell_all,
     vote,
 )
 from distcache.schema import DIGEST_MODULUS, KeySchema, digest_of, natural_order, strategy_facts, union
@@ -358,13 +358,13 @@ def _exchange_schemas(
     speaks = any(ranks[0] == comm.rank for ranks in alike.values())
     common = mine
     if len(alike.get(records[usual].content_digest, ())) < comm.world_size:
-        told = tell_all(comm, codec.encode([_listed(s.facts()) for s in mine]) if comm.rank == usual else b"")
+        told = tell_all(comm, codec.encode([s.plain() for s in mine]) if comm.rank == usual else b"")
         common = [KeySchema.from_facts(facts) for facts in codec.decode(told[usual])] if alike else []
     numbers = {schema: number for number, schema in enumerate(common)}
     holds = {usual: list(numbers.values())}
     if len(alike) > 1:
         has = np.array([schemas.get(schema.key) == schema for schema in common], dtype=bool)
-        beyond = [_listed(schema.facts()) for schema in mine if schema not in numbers]
+        beyond = [schema.plain() for schema in mine if schema not in numbers]
         told = tell_all(comm, codec.encode([np.packbits(has).tobytes(), beyond]) if speaks else b"")
         for rank in sorted(ranks[0] for ranks in alike.values()):
             bits, more = codec.decode(told[rank])
@@ -405,17 +405,6 @@ def _exchange_rooms(
         if told:
             rooms[theirs[rank]] = np.maximum(rooms[theirs[rank]], np.frombuffer(told, dtype="<i8"))
     return rooms
-
-
-def tell_all(comm: Communicator, blob: bytes, poll: Poll | None = None) -> list[bytes]:
-    """Every rank's bytes, of a length that only it knows: a collective."""
-    poll = poll or poll_decision(comm)
-    sizes = [row[0] for row in comm.gather([len(blob)], poll)]
-    return comm.gather_bytes(blob, sizes, poll)
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 
 def joined_ledger(content: Ledger, offers: Sequence[Offer]) -> Ledger:
@@ -539,7 +528,7 @@ def _assemble(
     ledger = [[sorted(keys), seen] for keys, seen in facts.ledger.to_plain()]
     blob = codec.encode([facts.num_samples, ledger, [one.plain() for one in kept.values()]])
     told, samples, ledgers = [], [], []
-    for data in tell_all(comm, blob, poll):
+    for data in tell_all(comm, blob):
         num_samples, seen, theirs = codec.decode(data)
         told.append({one.schema.key: one for one in map(Kept.from_plain, theirs)})
         samples.append((num_samples, sorted({repr(intervals) for _, intervals in seen})))
@@ -559,7 +548,7 @@ def _assemble(
         return states, arrived, facts.ledger
     assembly = plan_assembly(told, model.mesh, ranks)
     if model.check:
-        _check_replicas(comm, assembly, states, arrived, party, poll)
+        _check_replicas(model, assembly, states, arrived)
 
     def strategy_of(key: str, schema: KeySchema) -> Strategy:
         if key not in strategies:
@@ -580,34 +569,25 @@ def _assemble(
         for keys, seen in ledgers[next(iter(item.sources.values()))]:
             if item.key in keys and item.key not in states:
                 joined.add_all(Ledger.from_plain([[[item.key], seen]]))
-    return whole.states, whole.arrived, joined
+    return *whole, joined
 
 
-def _check_replicas(
-    comm: Communicator, assembly: Assembly, states: Arena, arrived: Arrived, party: Party, poll: Poll
-) -> None:
-    """`SchemaMismatch` where what all ranks of a model hold isn't the same on all of them, in a sample of it."""
-    samples: dict[str, Tensor] = {}
+def _check_replicas(model: Model, assembly: Assembly, states: Arena, arrived: Arrived) -> None:
+    """`SchemaMismatch`, alike on every rank, where what all ranks of a model hold isn't the same, in a sample of it."""
+    few = {}
     for key in sorted(assembly.here):
-        if key in states:
-            samples[key] = next(iter(states.state(key).values()))
-        elif key in arrived.pieces:
-            samples[key] = arrived.pieces[key][-1].value_n
-    few = {key: x.flatten()[:: max(1, x.numel() // 16)][:16].double().cpu() for key, x in samples.items()}
-    mine = torch.cat([torch.empty(0, dtype=torch.float64), *few.values()])
-    data = mine.numpy().tobytes()
-    for place, theirs in enumerate(comm.gather_bytes(data, [len(data)] * comm.world_size, poll)):
-        other = torch.frombuffer(bytearray(theirs), dtype=torch.float64) if theirs else torch.empty(0)
-        start = 0
-        for key, x in few.items():
-            y = other[start : start + len(x)]
-            start += len(x)
-            if not torch.allclose(x, y.to(x.dtype), rtol=1e-4, atol=1e-5, equal_nan=True):
-                ranks = [party.model.mesh.model_ranks[p] for p in (comm.rank, place)] if party.model else []
+        if key in states or key in arrived.pieces:
+            x = next(iter(states.state(key).values())) if key in states else arrived.pieces[key][-1].value_n
+            few[key] = x.flatten()[:: max(1, x.numel() // 16)][:16].double().cpu()
+    first, *others = map(codec.decode, tell_all(model.comm, codec.encode(few)))
+    for rank, other in zip(model.mesh.model_ranks[1:], others, strict=True):
+        for key, x in first.items():
+            y = other[key]
+            if x.shape != y.shape or not torch.allclose(x, y, rtol=1e-4, atol=1e-5, equal_nan=True):
                 raise SchemaMismatch(
-                    f"{key!r} should be the same on ranks {ranks}, which have parts of one model, and isn't: "
-                    f"{x[:4].tolist()} against {y[:4].tolist()}. If it's split over them, say so: "
-                    f"cache.register_sharding({key!r}, dim=-1, axis=…); if they have samples of their own, "
+                    f"{key!r} should be the same on ranks {model.mesh.model_ranks[0]} and {rank}, which have parts of "
+                    f"one model, and isn't: {x[:4].tolist()} against {y[:4].tolist()}. If it's split over them, say "
+                    f"so: cache.register_sharding({key!r}, dim=-1, axis=…); if they have samples of their own, "
                     "data_axes=[…]."
                 )
 
@@ -845,7 +825,7 @@ def pack(delta: ActivationCache, payload: Payload, buffer: Tensor) -> None:
     tables: dict[int, list[Columns]] = {}
     for block in payload.blocks:
         if block.kind == "rows":
-            rows, start = _tensor(buffer, block), 0
+            rows, start = block.of(buffer), 0
             pieces = [piece for piece in kept[block.key].state.pieces if len(piece.value_n)]
             if block.table >= 0:
                 tables.setdefault(block.table, [piece.columns for piece in pieces])
@@ -853,25 +833,19 @@ def pack(delta: ActivationCache, payload: Payload, buffer: Tensor) -> None:
                 rows[start : start + len(piece.value_n)].copy_(piece.value_n)
                 start += len(piece.value_n)
         elif block.kind == "field":
-            _tensor(buffer, block).copy_(delta._arena.state(block.key)[block.name])
+            block.of(buffer).copy_(delta._arena.state(block.key)[block.name])
         elif block.kind == "list":
             data = bytearray(encode_list(kept[block.key].state))
-            _tensor(buffer, block).copy_(torch.frombuffer(data, dtype=torch.uint8))
+            block.of(buffer).copy_(torch.frombuffer(data, dtype=torch.uint8))
     for block in payload.blocks:
         if block.kind == "column":
-            torch.cat([columns.by_name[block.name] for columns in tables[block.table]], out=_tensor(buffer, block))
-
-
-def _tensor(buffer: Tensor, block: Block) -> Tensor:
-    """A block of a payload, as the tensor that it is: a view."""
-    raw = buffer[block.offset : block.offset + block.nbytes]
-    return raw.view(codec.dtype_named(block.dtype)).view(block.shape)
+            torch.cat([columns.by_name[block.name] for columns in tables[block.table]], out=block.of(buffer))
 
 
 def _unpack(plan: MergePlan, buffers: Sequence[Tensor | None], first: Sequence[int]) -> Arrived:
     """`first`: by rank, the number of its first sample without an index."""
     placed = [
-        (payload.rank, block, _tensor(buffer, block))
+        (payload.rank, block, block.of(buffer))
         for payload, buffer in zip(plan.payloads, buffers, strict=True)
         if buffer is not None
         for block in payload.blocks

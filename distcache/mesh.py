@@ -8,7 +8,6 @@ dim of its value, or belongs to some of them alone, as layers belong to stages.
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from distcache.errors import SchemaMismatch
 
 DATA_AXES = ("data", "dp", "ddp", "fsdp", "dp_replicate", "dp_shard", "replicate", "shard")
+MODEL_AXES = ("tp", "tensor", "pp", "pipeline", "ep", "expert", "cp", "context", "sp", "sequence")
 REPLICATED = "replicated"
 
 
@@ -89,9 +89,6 @@ def mesh_of(mesh: Any, data_axes: Iterable[str] | None, ranks: Sequence[int], ra
         raise ValueError(f"data_axes={unknown} are no axes of the mesh, which has {tuple(axes)}.")
     places = tuple(ranks.index(number) for number in numbers)
     return Mesh(tuple(axes), tuple(mesh.mesh.shape), places, found, rank)
-
-
-MODEL_AXES = ("tp", "tensor", "pp", "pipeline", "ep", "expert", "cp", "context", "sp", "sequence")
 
 
 # -- placements ------------------------------------------------------------------------------------------------
@@ -183,7 +180,3 @@ def put_together(
             )
         where[place] = tuple(cut)
     return tuple(whole), where
-
-
-def num_bytes(shape: Sequence[int], itemsize: int) -> int:
-    return math.prod(shape) * itemsize

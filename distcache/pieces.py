@@ -6,6 +6,7 @@ have moves nowhere; a piece, or a key of some of them alone, moves once, from th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +18,9 @@ from distcache import codec
 from distcache.comm import Communicator, Poll, Transfer
 from distcache.errors import SchemaMismatch
 from distcache.mesh import REPLICATED, Mesh, Placement, put_together, sources
-from distcache.plan import ALIGNMENT, buckets
-from distcache.schema import FieldSchema, KeySchema, natural_order
+from distcache.plan import ALIGNMENT, Block, buckets
+from distcache.protocol import tell_all
+from distcache.schema import FieldSchema, KeySchema, digest_of, natural_order
 from distcache.segments import Arena
 from distcache.strategies import Columns, Fieldwise, Piece, State, Strategy, Value
 
@@ -34,18 +36,21 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One rank's own of a key, as it tells of it: the schema, and the shapes of its fields or of its pieces' rows."""
+    """One rank's own of a key, as it tells of it: the schema, the shapes of its fields or of its pieces' rows, and a
+    digest of which samples rows are of.
+    """
 
     schema: KeySchema
     shapes: tuple[tuple[int, ...], ...]
+    samples: int = 0
 
     def plain(self) -> list[Any]:
-        return [_listed(self.schema.facts()), [list(shape) for shape in self.shapes]]
+        return [self.schema.plain(), [list(shape) for shape in self.shapes], self.samples]
 
     @classmethod
     def from_plain(cls, plain: Sequence[Any]) -> Kept:
-        facts, shapes = plain
-        return cls(KeySchema.from_facts(facts), tuple(tuple(shape) for shape in shapes))
+        facts, shapes, samples = plain
+        return cls(KeySchema.from_facts(facts), tuple(tuple(shape) for shape in shapes), samples)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,18 +78,25 @@ class Assembly:
 def tell(schemas: Mapping[str, KeySchema], scratch: Arena, arrived: Arrived) -> dict[str, Kept]:
     """What this rank holds, by key."""
     found = {}
+    digests: dict[tuple[int, ...], int] = {}  # once for all keys that share their columns
     for key, schema in schemas.items():
+        samples = 0
         if key in scratch:
             shapes: Iterable[Sequence[int]] = scratch.capacities(key).values()
         elif key in arrived.states:
             shapes = [arrived.states[key][f.name].shape for f in schema.fields]
         elif key in arrived.pieces:
             shapes = [piece.value_n.shape for piece in arrived.pieces[key]]
+            known = [piece.columns for piece in arrived.pieces[key] if piece.columns is not None]
+            identity = tuple(map(id, known))
+            if identity not in digests:
+                digests[identity] = digest_of(*(columns.by_name["sample"].tolist() for columns in known))
+            samples = digests[identity]
         elif key in arrived.lists:
             shapes = []
         else:
             continue
-        found[key] = Kept(schema, tuple(tuple(shape) for shape in shapes))
+        found[key] = Kept(schema, tuple(tuple(shape) for shape in shapes), samples)
     return found
 
 
@@ -119,6 +131,14 @@ def _check_alike(key: str, placement: Placement, first: Kept, other: Kept, one: 
     if mine != theirs or len(first.shapes) != len(other.shapes):
         words = "; ".join(mine.explain_difference(theirs)) or f"{len(first.shapes)} against {len(other.shapes)} pieces"
         raise SchemaMismatch(f"cannot put {key!r} together: rank {one} against rank {another}: {words}.")
+    if mine.kind != "rows":
+        return
+    here, there = ([shape[0] for shape in kept.shapes] for kept in (first, other))
+    if here != there or first.samples != other.samples:
+        raise SchemaMismatch(
+            f"ranks {one} and {another} have seen other samples in {key!r} ({sum(here)} and {sum(there)} rows), where "
+            "they should have parts of one model: is an axis of data missing in data_axes?"
+        )
 
 
 def _unsized(schema: KeySchema) -> KeySchema:
@@ -127,27 +147,9 @@ def _unsized(schema: KeySchema) -> KeySchema:
     return replace(schema, fields=fields, row_shape=row_shape)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Block:
-    """A tensor of a payload: a field of a state, by number, or a piece of rows."""
-
-    key: str
-    number: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def of(self, buffer: Tensor) -> Tensor:
-        return buffer[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
-
-
-def _payloads(assembly: Assembly) -> dict[tuple[int, str], list[_Block]]:
-    """By (rank, type of device), what a rank sends."""
-    found: dict[tuple[int, str], list[_Block]] = {}
+def _payloads(assembly: Assembly) -> dict[tuple[int, str], list[Block]]:
+    """By (rank, type of device), what a rank sends: fields of states and pieces of rows, by number."""
+    found: dict[tuple[int, str], list[Block]] = {}
     ends: dict[tuple[int, str], int] = {}
     for item in assembly.items:
         for rank in item.sources.values():
@@ -155,20 +157,13 @@ def _payloads(assembly: Assembly) -> dict[tuple[int, str], list[_Block]]:
             where = (rank, kept.schema.device)
             for number, shape in enumerate(kept.shapes):
                 name = kept.schema.fields[number].dtype if kept.schema.kind == "fields" else kept.schema.dtype
+                assert name is not None
                 offset = -(-ends.get(where, 0) // ALIGNMENT) * ALIGNMENT
-                block = _Block(item.key, number, shape, codec.dtype_named(name or ""), offset)
+                nbytes = math.prod(shape) * codec.dtype_named(name).itemsize
+                block = Block(kept.schema.kind, item.key, str(number), name, shape, offset, nbytes)
                 found.setdefault(where, []).append(block)
-                ends[where] = offset + block.nbytes
+                ends[where] = offset + nbytes
     return found
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Whole:
-    """What was put together: states, what else came, and the schemas of all keys that moved."""
-
-    states: Arena
-    arrived: Arrived
-    schemas: dict[str, KeySchema]
 
 
 def assemble(
@@ -181,14 +176,15 @@ def assemble(
     bucket_bytes: int,
     to: int | None,
     poll: Poll,
-) -> Whole | None:
-    """Move what moves and put pieces together: a collective over the ranks of a model. None where `to` isn't this rank.
+) -> tuple[Arena, Arrived] | None:
+    """Move what moves and put pieces together, states and what else came: a collective over the ranks of a model. None
+    where `to` isn't this rank.
 
     `scratch` and `arrived` are this rank's own, reduced; they are only read.
     """
     if not assembly.items:
-        return Whole(scratch, arrived, {}) if to in (None, comm.rank) else None
-    beside = _beside(comm, assembly, arrived, poll)
+        return (scratch, arrived) if to in (None, comm.rank) else None
+    beside = _beside(comm, assembly, arrived)
     payloads, buffers, transfers = _payloads(assembly), {}, []
     for where in sorted(payloads):
         rank, kind = where
@@ -207,20 +203,23 @@ def assemble(
     if to not in (None, comm.rank):
         return None
     views = {
-        (where[0], block.key, block.number): block.of(buffers[where]) for where in buffers for block in payloads[where]
+        (where[0], block.key, int(block.name)): block.of(buffers[where])
+        for where in buffers
+        for block in payloads[where]
     }
-    return _built(comm.rank, assembly, scratch, arrived, views, beside, strategy_of, device_of)
+    return _built(assembly, scratch, arrived, views, beside, strategy_of, device_of)
 
 
-def _own(block: _Block, scratch: Arena, arrived: Arrived) -> Tensor:
+def _own(block: Block, scratch: Arena, arrived: Arrived) -> Tensor:
+    number = int(block.name)
     if block.key in scratch:
-        return list(scratch.state(block.key).values())[block.number]
+        return list(scratch.state(block.key).values())[number]
     if block.key in arrived.states:
-        return list(arrived.states[block.key].values())[block.number]
-    return arrived.pieces[block.key][block.number].value_n
+        return list(arrived.states[block.key].values())[number]
+    return arrived.pieces[block.key][number].value_n
 
 
-def _beside(comm: Communicator, assembly: Assembly, arrived: Arrived, poll: Poll) -> dict[str, Any]:
+def _beside(comm: Communicator, assembly: Assembly, arrived: Arrived) -> dict[str, Any]:
     """By key that not all ranks hold: the columns of its pieces, or its encoded lists. A collective, if any is."""
     lacking = [i for i in assembly.items if i.schema.kind != "fields" and len(i.kept) < comm.world_size]
     if not lacking:
@@ -239,10 +238,8 @@ def _beside(comm: Communicator, assembly: Assembly, arrived: Arrived, poll: Poll
             entries.append([item.key, numbers])
         elif item.key in arrived.lists and comm.rank == next(iter(item.sources.values())):
             entries.append([item.key, [encode_list(values) for values in arrived.lists[item.key]]])
-    blob = codec.encode([columns, entries])
-    sizes = [row[0] for row in comm.gather([len(blob)], poll)]
     found: dict[str, Any] = {}
-    for told in comm.gather_bytes(blob, sizes, poll):
+    for told in tell_all(comm, codec.encode([columns, entries])):
         theirs, named = codec.decode(told)
         known = [Columns(by_name, indexed) for by_name, indexed in theirs]
         for key, values in named:
@@ -252,7 +249,6 @@ def _beside(comm: Communicator, assembly: Assembly, arrived: Arrived, poll: Poll
 
 
 def _built(
-    rank: int,
     assembly: Assembly,
     scratch: Arena,
     arrived: Arrived,
@@ -260,8 +256,8 @@ def _built(
     beside: Mapping[str, Any],
     strategy_of: Callable[[str, KeySchema], Strategy],
     device_of: Callable[[str], torch.device],
-) -> Whole:
-    states, schemas = Arena(), {}
+) -> tuple[Arena, Arrived]:
+    states = Arena()
     found = Arrived(
         {key: pieces for key, pieces in arrived.pieces.items() if key in assembly.here},
         {key: lists for key, lists in arrived.lists.items() if key in assembly.here},
@@ -286,7 +282,6 @@ def _built(
                 known = arrived.pieces[item.key][number].columns if item.key in arrived.pieces else columns[number]
                 pieces.append(Piece(value_n, known))
             found.pieces[item.key] = pieces
-            schema = replace(schema, row_shape=tuple(pieces[0].value_n.shape[1:]))
         else:
             assert isinstance(strategy, Fieldwise)
             state, fields = {}, []
@@ -295,10 +290,8 @@ def _built(
                 state[spec.name] = whole = _joined(item, number, along, views)
                 shape = tuple(None if n is None else whole.shape[d] for d, n in enumerate(spec.shape))
                 fields.append(FieldSchema(spec.name, shape, spec.dtype, spec.reduction, spec.round))
-            schema = replace(schema, fields=tuple(fields))
-            states.put(schema, strategy, state, device_of(schema.device))
-        schemas[item.key] = schema
-    return Whole(states, found, schemas)
+            states.put(replace(schema, fields=tuple(fields)), strategy, state, device_of(schema.device))
+    return states, found
 
 
 def _joined(
@@ -338,7 +331,3 @@ def decode_list(data: bytes) -> list[Value]:
         columns = None if sample is None else Columns({"sample": sample, "position": torch.zeros_like(sample)}, True)
         values.append(Value(item, columns=columns))
     return values
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, tuple) else value

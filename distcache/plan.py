@@ -109,6 +109,10 @@ class Block:
     nbytes: int
     table: int = -1
 
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The piece as the tensor that it is: a view of the payload."""
+        return buffer[self.offset : self.offset + self.nbytes].view(dtype_named(self.dtype)).view(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class _Item:

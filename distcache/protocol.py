@@ -273,6 +273,13 @@ def poll_decision(comm: Communicator) -> Poll:
     return poll
 
 
+def tell_all(comm: Communicator, blob: bytes) -> list[bytes]:
+    """Every rank's bytes, of a length that only it knows: a collective."""
+    poll = poll_decision(comm)
+    sizes = [row[0] for row in comm.gather([len(blob)], poll)]
+    return comm.gather_bytes(blob, sizes, poll)
+
+
 # -- decide ----------------------------------------------------------------------------------------------------------
 
 

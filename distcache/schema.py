@@ -73,6 +73,10 @@ class KeySchema:
             self.placement,
         )
 
+    def plain(self) -> list[Any]:
+        """The same for a journey as msgpack."""
+        return _listed(self.facts())
+
     @classmethod
     def from_facts(cls, facts: Sequence[Any]) -> KeySchema:
         """The inverse of `facts`, after a journey as msgpack."""
@@ -101,6 +105,10 @@ class KeySchema:
                     mine, theirs = strategy_words(mine), strategy_words(theirs)
                 found.append(f"{name.replace('_', ' ')} {mine} against {theirs}")
         return found
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _field_words(fields: Iterable[FieldSchema]) -> str:

@@ -28,7 +28,7 @@ from msgspec import Struct
 from distcache import codec
 from distcache.cache import ActivationCache
 from distcache.comm import Communicator, Transfer
-from distcache.merge import Held, ShardRows, tell_all
+from distcache.merge import Held, ShardRows
 from distcache.protocol import (
     Decided,
     announce,
@@ -39,6 +39,7 @@ from distcache.protocol import (
     leave_stage,
     moving,
     poll_decision,
+    tell_all,
 )
 from distcache.store import (
     Concatenated,

@@ -295,6 +295,27 @@ WRONG = {
 }
 
 
+def rows_alone(rank, world_size, indexed, check):
+    """Ranks that have samples of their own along an axis that is said to be the model's, and nothing that reduces."""
+    cache = dc.DistributedCache(mesh=tensor_mesh(world_size), timeout_s=20, check=check)
+    cache.register_aggregation("", dc.Cat())
+    mine = range(3) if rank == 0 else range(3, 3 + (3 if indexed else 5))
+    try:
+        with cache.deferred_mode():
+            for i in mine:
+                cache.add("rows", X[i : i + 1], index=[i] if indexed else None)
+    except dc.SchemaMismatch as error:
+        return str(error)
+    return f"nothing was raised: {cache['rows'].shape}"
+
+
+@pytest.mark.parametrize("check", [None, "replicas"])
+@pytest.mark.parametrize("indexed", [True, False], ids=["indexed", "without an index"])
+def test_rows_of_other_samples_are_not_taken_for_replicas(ranks, indexed, check):
+    found = ranks.run(2, rows_alone, indexed, check)
+    assert found[0] == found[1] and "have seen other samples" in found[0], found
+
+
 def caught(rank, world_size, kind):
     try:
         wrong(rank, world_size, kind)
